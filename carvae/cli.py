@@ -1,0 +1,117 @@
+"""The command line: ``carvae VERB``. Data go to files, messages to stderr; heavy libraries load inside the verbs."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from carvae import __version__
+from carvae.config import Config
+from carvae.errors import CarvaeError
+
+app = typer.Typer(
+    name="carvae",
+    help="Cell states of CAR-T single-cell RNA-seq: train over many studies, label new samples without retraining.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, see configs/reference.yaml.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="Settings to change.")]
+Query = Annotated[Path, typer.Argument(help=".h5ad, zarr, 10x .h5, 10x mtx folder, or a folder of those.")]
+Model = Annotated[Path, typer.Option(help="Model bundle: the output folder of `carvae train`.")]
+Out = Annotated[Path, typer.Option(help="Result: .h5ad, .zarr, .csv or .csv.gz.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.")]
+
+
+@app.callback(invoke_without_command=True)
+def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def ingest(config: ConfigFile, overrides: Overrides = None, quiet: Quiet = False) -> None:
+    """Read, check and harmonise many studies into one store."""
+    settings = _start(quiet, config, overrides)
+    from carvae.ingest import run
+
+    run(settings)
+
+
+@app.command()
+def train(config: ConfigFile, overrides: Overrides = None, quiet: Quiet = False) -> None:
+    """Train a model over many studies and write its bundle."""
+    settings = _start(quiet, config, overrides)
+    from carvae.train import run
+
+    run(settings)
+
+
+@app.command()
+def embed(query: Query, model: Model, out: Out, overrides: Overrides = None, quiet: Quiet = False) -> None:
+    """Write the latent coordinates of every cell of a new sample."""
+    _predict(query, model, out, overrides, quiet, label=False)
+
+
+@app.command()
+def annotate(query: Query, model: Model, out: Out, overrides: Overrides = None, quiet: Quiet = False) -> None:
+    """Label every cell of a new sample: state, confidence, signature scores, and a table of samples."""
+    _predict(query, model, out, overrides, quiet, label=True)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo"), quiet: Quiet = False
+) -> None:
+    """Simulate four studies, train on three, label the fourth, and show the result: the whole job in minutes."""
+    _start(quiet)
+    from carvae.demo import run
+
+    print(run(out))
+
+
+def main() -> None:
+    """Run the command line; a CarvaeError becomes one sentence and exit code 1."""
+    try:
+        app()
+    except CarvaeError as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
+
+
+def _predict(
+    query: Path, model: Path, out: Path, overrides: list[str] | None, quiet: bool, *, label: bool
+) -> None:
+    settings = _start(quiet, None, overrides)
+    from carvae.data.results import check_output
+    from carvae.predict import run
+
+    check_output(query, out)
+    run(query, model, out, settings.predict, label=label)
+
+
+def _start(quiet: bool, config: Path | None = None, overrides: list[str] | None = None) -> Config:
+    """Set up messages and return the settings."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
+    logging.getLogger("carvae").setLevel(logging.WARNING if quiet else logging.INFO)
+    if config is None:
+        return Config.parse_overrides(overrides or [])
+    return Config.read(config, overrides or [])
+
+
+def _fail(message: str) -> None:
+    print(f"carvae: {message}", file=sys.stderr)
+    raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

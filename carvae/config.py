@@ -1,0 +1,304 @@
+"""Every knob of carvae, typed: one frozen section per verb, and no default anywhere else.
+
+A YAML file holds only what differs from the defaults here; ``section.key=value`` on the command line
+differs from the YAML. A key that is not here is refused with the nearest key that is.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from carvae.errors import ConfigError, join_problems
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+AnySection = TypeVar("AnySection", bound="Section")
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class StudyConfig(Section):
+    """Where one study lies and how its own names map onto the data contract."""
+
+    path: Path
+    """File or folder (from the working folder): .h5ad, zarr, 10x .h5, 10x mtx, or a folder of those."""
+    obs: dict[str, str] = Field(default_factory=dict)
+    """Contract name -> column of this study, for example ``patient: donor_id``."""
+    constants: dict[str, str] = Field(default_factory=dict)
+    """Contract name -> one value for the whole study, for example ``tissue: blood``."""
+    counts: str = "auto"
+    """Where the raw counts are: ``auto``, ``X``, ``raw`` or ``layers/NAME``."""
+    label: str | None = None
+    """Column with the author's labels; None where the study has none."""
+    missing_labels: tuple[str, ...] = ()
+    """Values of the label column that mean "not labelled"."""
+    mapping: str | None = None
+    """Label mapping onto the tree (packaged name or path); None takes the labels as they are."""
+
+
+class IngestConfig(Section):
+    """Many studies to one store: which cells, which genes."""
+
+    studies: dict[str, StudyConfig] = Field(default_factory=dict)
+    """Study name -> where it is and how to read it."""
+    exclude_patients: tuple[str, ...] = ()
+    """Patients left out of everything: panel choice, training and validation."""
+    n_top_genes: int = Field(4000, ge=10)
+    """Highly variable genes in the panel (scanpy's ``seurat_v3``), before signature genes are added."""
+    hvg_batch: Literal["study", "sample", "none"] = "study"
+    """Within what the variable genes are ranked before the ranks are combined."""
+    hvg_cells: int = Field(50_000, ge=100)
+    """Cells drawn (evenly over studies) for the choice of genes; bounds the memory of ingest."""
+    exclude_genes: tuple[Literal["transgene", "vdj", "mitochondrial", "ribosomal", "sex", "cell_cycle"], ...] = (
+        "transgene",
+        "vdj",
+        "mitochondrial",
+        "sex",
+    )
+    """Gene policy: groups that never enter the encoder. CAR transgenes name the study, V(D)J genes the clone."""
+    min_study_share: Fraction = 0.5
+    """A panel gene is measured in at least this share of the studies (signature genes: in any)."""
+    min_counts: int = Field(1, ge=0)
+    """Cells with fewer counts over all genes are left out, and counted in the receipt."""
+    chunk_size: int = Field(4096, ge=1)
+    """Cells read at a time."""
+
+
+class LabelsConfig(Section):
+    """What is called what."""
+
+    tree: str = "flat"
+    """``flat`` (the labels as they are), a packaged tree (``tree``) or a path to a YAML tree."""
+    signatures: str = "signatures"
+    """Packaged gene signatures or a path to a YAML file of them."""
+    weak: bool = False
+    """Label cells of unlabelled studies by signatures. Such labels are marked weak wherever they go."""
+
+
+class ModelConfig(Section):
+    """The network (names as in scVI)."""
+
+    n_latent: int = Field(32, ge=2)
+    """Dimensions of the latent space."""
+    n_hidden: int = Field(128, ge=2)
+    """Width of the hidden layers."""
+    n_layers: int = Field(1, ge=1)
+    """Hidden layers of the encoder and of the decoder."""
+    dropout_rate: Fraction = 0.1
+    """Dropout after every hidden layer of the encoder."""
+    gene_likelihood: Literal["nb", "zinb"] = "nb"
+    """Distribution of the counts."""
+    covariates: tuple[str, ...] = ("sample",)
+    """Covariates corrected for: one embedding table each, in the decoder alone."""
+    head_hidden: int = Field(0, ge=0)
+    """Width of the state head's hidden layer; 0 for a linear head."""
+    head_dropout: Fraction = 0.0
+    """Dropout on what the state head reads."""
+
+
+class TrainConfig(Section):
+    """One pass of semi-supervised training."""
+
+    batch_size: int = Field(128, ge=1)
+    """Cells per minibatch."""
+    max_epochs: int = Field(20, ge=1)
+    """Passes over the training cells."""
+    min_steps: int = Field(500, ge=0)
+    """Small data: passes are added until this many steps are reached."""
+    lr: float = Field(4e-3, gt=0)
+    """Peak learning rate of Adam (cosine schedule, warm-up over the first 5% of steps)."""
+    weight_decay: float = Field(1e-6, ge=0)
+    """L2 penalty of Adam."""
+    kl_warmup: Fraction = 0.2
+    """Share of the steps over which the KL weight rises from 0 to ``kl_weight``."""
+    kl_weight: float = Field(1.0, ge=0)
+    """Weight of the KL term after the warm-up."""
+    label_weight: float = Field(50.0, ge=0)
+    """Weight of the label loss (nats per labelled cell) against the ELBO (nats per cell)."""
+    class_balance: Fraction = 0.5
+    """0 weighs every labelled cell alike, 1 every class alike; between: weight = count ** -class_balance."""
+    weak_weight: Fraction = 0.3
+    """Weight of a weak label against an author's label."""
+    thinning: Fraction = 0.5
+    """Share of cells whose encoder input is thinned to a random depth, so that shallow data are known."""
+    min_depth: Fraction = 0.1
+    """Least share of its counts that a thinned cell keeps."""
+    gene_dropout: Fraction = 0.3
+    """Share of cells from whose encoder input genes are dropped, so that missing genes are known."""
+    max_gene_dropout: Fraction = 0.6
+    """Greatest share of genes dropped from such a cell."""
+    validation_share: Fraction = 0.15
+    """Share of the patients held out for early stopping and for the scores in the card (at least one patient)."""
+    patience: int = Field(5, ge=1)
+    """Epochs without a better held-out loss before training stops."""
+    refit: bool = False
+    """After the held-out run, train again on all patients for the number of epochs that it found."""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    """Arithmetic of the matrix products."""
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device; ``auto`` takes CUDA when present."""
+    threads: int = Field(1, ge=0)
+    """CPU threads of torch; 0 leaves torch's own choice. Two threads on a busy machine can be slower."""
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+    """Weights & Biases: offline needs no account and no network."""
+
+
+class PredictConfig(Section):
+    """Embedding and labelling of new samples."""
+
+    chunk_size: int = Field(4096, ge=1)
+    """Cells read and embedded at a time; bounds the memory."""
+    min_overlap: Fraction = 0.4
+    """Below this share of the panel's genes, the query is refused."""
+    min_counts: int = Field(20, ge=1)
+    """Cells with fewer counts over the panel are called ``unknown``."""
+    warn_overlap: Fraction = 0.9
+    """Below this share a warning states the loss that was measured on held-out patients."""
+
+
+class Config(Section):
+    """All settings of a run."""
+
+    output: Path = Path("runs/carvae")
+    """Folder that receives the bundle and everything beside it."""
+    seed: int = Field(0, ge=0)
+    """Seed of every random number."""
+    ingest: IngestConfig = Field(default_factory=IngestConfig)
+    labels: LabelsConfig = Field(default_factory=LabelsConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    predict: PredictConfig = Field(default_factory=PredictConfig)
+
+    @model_validator(mode="after")
+    def _covariates_are_contract_names(self) -> Config:
+        clash = sorted(set(self.model.covariates) & {"response", "patient", "clone_id"})
+        if clash:
+            raise ValueError(f"model.covariates may not hold {clash}: correcting for it would remove what is sought")
+        return self
+
+    @classmethod
+    def read(cls, path: Path | str, overrides: Sequence[str] = ()) -> Config:
+        """Return the config of a YAML file with ``section.key=value`` overrides applied.
+
+        Raises
+        ------
+        ConfigError
+            The file is missing or no YAML mapping, or a key or value is not allowed; all problems at once.
+        """
+        path = Path(path)
+        settings = _read_yaml(path)
+        for override in overrides:
+            _apply(settings, override)
+        return cls.parse(settings, source=str(path))
+
+    @classmethod
+    def parse_overrides(cls, overrides: Sequence[str]) -> Config:
+        """Return the defaults with ``section.key=value`` overrides applied; raises ConfigError."""
+        settings: dict[str, Any] = {}
+        for override in overrides:
+            _apply(settings, override)
+        return cls.parse(settings, source="the command line")
+
+    @classmethod
+    def parse(cls, settings: dict[str, Any], source: str = "config") -> Config:
+        """Return the config of nested settings; raises ConfigError naming every wrong key and value."""
+        try:
+            return cls.model_validate(settings)
+        except ValidationError as error:
+            problems = [_sentence(cls, e["loc"], e["type"], e["msg"]) for e in error.errors()]
+            raise ConfigError(join_problems(f"{source} is not a valid config", problems)) from None
+
+    def to_yaml(self) -> str:
+        """Every setting, resolved, as YAML."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def packaged(relative: str) -> Path:
+    """Return the path of a file under ``configs/``, in a wheel or in the repository.
+
+    Raises
+    ------
+    ConfigError
+        There is no such file.
+    """
+    here = Path(__file__).resolve().parent
+    for root in (here / "configs", here.parent / "configs"):
+        if (root / relative).exists():
+            return root / relative
+    known = sorted(p.stem for root in (here / "configs", here.parent / "configs") for p in root.glob(f"{Path(relative).parent}/*.yaml"))
+    raise ConfigError(f"there is no packaged file {relative!r}; known here: {', '.join(known) or 'none'}")
+
+
+def label_file(name: str) -> Path:
+    """Path of a label YAML given by packaged name (``tree``) or by path (``my/tree.yaml``)."""
+    path = Path(name)
+    if path.suffix in {".yaml", ".yml"}:
+        if not path.exists():
+            raise ConfigError(f"label file {name!r} does not exist; give a path to a YAML file or a packaged name")
+        return path
+    return packaged(f"labels/{name}.yaml")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"config file {str(path)!r} does not exist; see configs/reference.yaml for an example") from None
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} must hold `section: {{key: value}}`, found a {type(settings).__name__}")
+    return settings
+
+
+def _apply(settings: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    if not sign or not key:
+        raise ConfigError(f"{override!r} is not of the form section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"the value of {override!r} cannot be read as YAML; quote it") from None
+    *parents, last = key.split(".")
+    for parent in parents:
+        settings = settings.setdefault(parent, {})
+        if not isinstance(settings, dict):
+            raise ConfigError(f"{override!r}: {parent!r} is a value, not a section")
+    settings[last] = value
+
+
+def _sentence(model: type[Section], location: tuple[int | str, ...], kind: str, message: str) -> str:
+    key = ".".join(str(part) for part in location)
+    if kind != "extra_forbidden":
+        return f"{key}: {message[0].lower()}{message[1:]}" if key else message.removeprefix("Value error, ")
+    known = _keys_at(model, location[:-1])
+    near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.0)
+    return f"{key} is not a key; the nearest is {near[0]!r}" if near else f"{key} is not a key"
+
+
+def _keys_at(model: type[Section], location: tuple[int | str, ...]) -> list[str]:
+    for part in location:
+        field = model.model_fields.get(str(part))
+        if field is None:  # inside a dict of sections: the key names an entry
+            continue
+        model = _section_in(field.annotation) or model
+    return list(model.model_fields)
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    if get_origin(annotation) in {dict, Union, tuple}:
+        return next((s for a in get_args(annotation) if (s := _section_in(a))), None)
+    return None

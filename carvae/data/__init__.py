@@ -1,0 +1,1 @@
+"""Studies and queries: reading, harmonising, storing and batching them."""

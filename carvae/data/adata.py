@@ -1,0 +1,180 @@
+"""The places of an AnnData, on disk (.h5ad, zarr v2 and v3) or in memory, where counts may be."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import pandas as pd
+import zarr
+from anndata import AnnData, OldFormatWarning
+from anndata.io import read_elem
+
+from carvae.data.counts import Candidate, Opened
+from carvae.data.matrices import (
+    Held,
+    Matrix,
+    Node,
+    check_group,
+    check_values,
+    member,
+    memory_matrix,
+    reading,
+    stored_by_gene,
+    stored_matrix,
+)
+from carvae.errors import CountsError, ReadError
+
+ID_COLUMNS = ("gene_ids", "gene_id", "ensembl_id", "ensembl_gene_id", "feature_id", "ensembl")
+SYMBOL_COLUMNS = ("feature_name", "gene_symbols", "gene_symbol", "gene_name", "gene_names", "symbol", "gene_short_name")
+
+
+@dataclass(slots=True)
+class _Place:
+    """Opens one matrix of an .h5ad or zarr store; a matrix stored by gene is turned around once and kept."""
+
+    path: Path
+    key: str
+    shape: tuple[int, int]
+    where: str
+    turned: Matrix | None = None
+
+    @contextmanager
+    def __call__(self) -> Iterator[Matrix]:
+        if self.turned is not None:
+            yield self.turned
+            return
+        with _store(self.path) as root:
+            matrix = stored_matrix(root[self.key], self.shape, self.where)
+            if stored_by_gene(root[self.key]):
+                self.turned = matrix
+            yield matrix
+
+
+@contextmanager
+def _store(path: Path) -> Iterator[Node]:
+    if path.is_dir():
+        yield zarr.open_group(path, mode="r", use_consolidated=False)  # a stale summary would hide what is stored
+    else:
+        with h5py.File(path, "r", locking="best-effort") as file:
+            yield file
+
+
+def open_anndata(path: Path, counts: str, name: str) -> Opened:
+    """The obs and the candidates of an .h5ad file or a zarr store.
+
+    Raises
+    ------
+    ReadError, CountsError
+        If a part is broken or hostile, or ``counts`` names a place that is not there.
+    """
+    with _store(path) as root:
+        obs, var = _frame(root, "obs", str(path)), _frame(root, "var", str(path))
+        candidates, places = [], _places(root, path)
+        for where in _chosen(places, counts, name):
+            is_raw = where == "raw"
+            table = _frame(root["raw"], "var", f"{path}/raw") if is_raw else var
+            key = "raw/X" if is_raw else where
+            matrix = member(root["raw"], "X", f"{path}/raw") if is_raw else root[key]
+            if not hasattr(matrix, "shape"):
+                check_group(matrix, f"{path}/{key}")
+            place = _Place(path, key, (len(obs), len(table)), f"{path}/{key}")
+            candidates.append(Candidate(where, *_gene_names(table), place))
+    return Opened(name, obs, candidates)
+
+
+def _places(root: Node, path: Path) -> list[str]:
+    names = []
+    if "X" in root and not _is_null(member(root, "X", str(path))):
+        names.append("X")
+    if "layers" in root:
+        layers = member(root, "layers", str(path))
+        names += [f"layers/{layer}" for layer in sorted(layers, key=lambda layer: (layer != "counts", layer))]
+        for layer in layers:
+            member(layers, layer, f"{path}/layers")
+    if "raw" in root and not _is_null(member(root, "raw", str(path))) and "X" in root["raw"]:
+        names.append("raw")
+    return names
+
+
+def _is_null(node: Node) -> bool:
+    return bool(node.attrs.get("encoding-type") == "null")
+
+
+def _chosen(places: list[str], counts: str, name: str) -> list[str]:
+    if counts == "auto" and places:
+        return places
+    if counts in places:
+        return [counts]
+    asked = "" if counts == "auto" else f" at {counts!r}"
+    raise CountsError(f"{name} has no matrix{asked}; it has {', '.join(places) or 'none at all'}")
+
+
+def _frame(root: Node, key: str, where: str) -> pd.DataFrame:
+    if key not in root:
+        raise ReadError(f"{where} has no {key}; write it again by anndata")
+    group = member(root, key, where)
+    if hasattr(group, "shape"):
+        raise ReadError(f"{where}/{key} was written by anndata older than 0.7; open and save it by a current one")
+    check_group(group, f"{where}/{key}")
+    index = group[str(group.attrs["_index"])]
+    if hasattr(index, "shape"):
+        check_values(index, f"{where}/{key} index", complete=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OldFormatWarning)  # what an R writer leaves out does no harm here
+        table = read_elem(group)
+    if not isinstance(table, pd.DataFrame):
+        raise ReadError(f"{where}/{key} is not a table; write it again by anndata")
+    return table
+
+
+def _gene_names(var: pd.DataFrame) -> tuple[list[str], list[str] | None]:
+    names = [str(name) for name in var.index]
+    columns = {str(column).casefold(): column for column in var.columns}
+    ids = next((columns[c] for c in ID_COLUMNS if c in columns), None)
+    if ids is not None:
+        return names, var[ids].astype(str).tolist()
+    symbols = next((columns[c] for c in SYMBOL_COLUMNS if c in columns), None)
+    if symbols is not None and sum(n.upper().startswith("ENS") for n in names) > len(names) // 2:
+        return var[symbols].astype(str).tolist(), names
+    return names, None
+
+
+def open_memory(adata: AnnData, counts: str, name: str) -> Opened:
+    """The obs and the candidates of an AnnData, which is never changed; a backed one is read from its file.
+
+    Raises
+    ------
+    ReadError, CountsError
+        If a matrix is broken or not one, or ``counts`` names a place that is not there.
+    """
+    if adata.isbacked:
+        if adata.is_view:
+            raise ReadError(f"{name} is a view of a backed file; call .to_memory() on it first")
+        with reading(str(adata.filename)):
+            opened = open_anndata(Path(str(adata.filename)), counts, name)
+        return replace(opened, obs=_same_cells(adata.obs.copy(), opened.obs, name))
+    values: dict[str, tuple[Any, pd.DataFrame]] = {}
+    if adata.X is not None:
+        values["X"] = adata.X, adata.var
+    for layer in sorted(adata.layers, key=lambda layer: (layer != "counts", layer)):
+        values[f"layers/{layer}"] = adata.layers[layer], adata.var
+    if adata.raw is not None:
+        values["raw"] = adata.raw.X, adata.raw.var
+    candidates = []
+    with reading(name):
+        for where in _chosen(list(values), counts, name):
+            matrix = memory_matrix(values[where][0], f"{name} {where}")
+            candidates.append(Candidate(where, *_gene_names(values[where][1]), Held(matrix)))
+    return Opened(name, adata.obs.copy(), candidates)
+
+
+def _same_cells(obs: pd.DataFrame, stored: pd.DataFrame, name: str) -> pd.DataFrame:
+    if len(obs) != len(stored):
+        raise ReadError(f"{name} has {len(obs):,} cells but its file {len(stored):,}; save it or call .to_memory()")
+    return obs

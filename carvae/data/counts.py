@@ -1,0 +1,253 @@
+"""Where a source keeps its raw counts, verified over the whole matrix.
+
+A matrix passes only if every stored value is finite, whole, not negative and small enough to be exact, and if the
+cells do not all have the same total. Nothing is sampled. N cells, G genes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import scipy.sparse as sp
+
+from carvae.data.matrices import Matrix
+from carvae.errors import CountsError, join_problems
+
+REMEDY = "provide raw counts in layers['counts'] (or X or raw), and name the place with `counts:` if there are several"
+LARGEST_COUNT = 1 << 24  # float32 is exact up to here; no gene is counted that often in one cell
+LARGEST_IN_FLOAT16 = 1 << 11
+BLOCK_CELLS = 4096
+
+CP10K = 1e4
+TOTAL_TOLERANCE = 1.0  # of 10,000; float32 leaves about 0.01
+WHOLE_TOLERANCE = 0.01
+WHOLE_TOLERANCE_PER_COUNT = 5e-6  # log1p in float32 loses about 2e-6 of a value
+LARGEST_INVERTED = 20_000  # above, the tolerance would no longer tell neighbours apart
+FEWEST_GENES_INVERTED = 10  # with fewer genes per cell a common factor of the counts cannot be ruled out
+
+EQUAL_TOTALS_CELLS = 3
+EQUAL_TOTALS_MEAN = 1_000
+EQUAL_TOTALS_SPREAD = 0.003  # rounding 2,000 genes to whole CP10K leaves 0.0013; counts spread above 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A place that may hold the counts, with its own genes."""
+
+    where: str
+    genes: list[str]
+    gene_ids: list[str] | None
+    open: Callable[[], AbstractContextManager[Matrix]]
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A source before its counts are found."""
+
+    name: str
+    obs: pd.DataFrame
+    candidates: list[Candidate]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """A place that holds counts, and what reading all of them showed."""
+
+    candidate: Candidate
+    inverted: bool
+    total_N: npt.NDArray[np.int64]
+    """Counts per cell."""
+    print_N: npt.NDArray[np.uint64]
+    """A fingerprint per cell: equal for cells with equal counts."""
+    largest: int
+
+    @property
+    def where(self) -> str:
+        """The place in words."""
+        return f"{self.candidate.where} (log1p CP10k inverted)" if self.inverted else self.candidate.where
+
+
+def find_counts(candidates: Sequence[Candidate], name: str, cells: Sequence[str]) -> Verified:
+    """The first candidate that holds raw counts; else the first whose log1p(CP10k) can be undone exactly.
+
+    Parameters
+    ----------
+    candidates
+        In the order of preference.
+    name, cells
+        Name of the source and of its cells, for messages.
+
+    Raises
+    ------
+    CountsError
+        If there is none; the message says what was seen in each place.
+    ReadError
+        If a matrix cannot be read or its structure is broken.
+    """
+    seen: list[str] = []
+    fractional: list[Candidate] = []
+    for candidate in candidates:
+        try:
+            return _verify(candidate, cells, inverted=False)
+        except _FractionalError as error:
+            fractional.append(candidate)
+            seen.append(f"{candidate.where} {error}")
+        except CountsError as error:
+            seen.append(f"{candidate.where} {error}")
+    for candidate in fractional:
+        try:
+            return _verify(candidate, cells, inverted=True)
+        except CountsError as error:
+            seen.append(f"{candidate.where} {error}")
+    raise CountsError(join_problems(f"{name} holds no raw counts ({REMEDY})", seen))
+
+
+def count_blocks(verified: Verified, size: int) -> Iterator[sp.csr_matrix]:
+    """The counts in blocks of ``size`` cells: int32, no stored zeros, no gene twice, genes in order.
+
+    Raises
+    ------
+    CountsError, ReadError
+        If the file changed since it was verified.
+    """
+    if size < 1:
+        raise ValueError("a block needs at least one cell")
+    candidate, convert = verified.candidate, _inverted if verified.inverted else _whole
+    with candidate.open() as matrix:
+        if matrix.shape != (len(verified.total_N), len(candidate.genes)):
+            raise CountsError(f"{candidate.where} changed while it was read; start again")
+        for block in matrix.blocks(size):
+            yield convert(block, matrix.dtype)
+
+
+class _FractionalError(CountsError):
+    """All values are finite and none is negative, but some are not whole: perhaps log1p."""
+
+
+def _verify(candidate: Candidate, cells: Sequence[str], inverted: bool) -> Verified:
+    convert = _inverted if inverted else _whole
+    totals: list[npt.NDArray[np.int64]] = []
+    prints: list[npt.NDArray[np.uint64]] = []
+    largest, first = 0, 0
+    key_G = np.random.default_rng(0).integers(1, 1 << 63, len(candidate.genes), dtype=np.uint64)
+    with candidate.open() as matrix:
+        for block in matrix.blocks(BLOCK_CELLS):
+            try:
+                counts = convert(block, matrix.dtype)
+            except _CellError as error:
+                place = f"first in cell {cells[first + error.cell]!r}"
+                if error.gene is not None:
+                    place += f", gene {candidate.genes[error.gene]!r}"
+                kind = _FractionalError if error.fractional else CountsError
+                raise kind(f"{error} ({place})") from None
+            totals.append(np.asarray(counts.sum(axis=1, dtype=np.int64)).ravel())
+            prints.append(counts.astype(np.uint64) @ key_G)
+            largest = max(largest, int(counts.data.max(initial=0)))
+            first += block.shape[0]
+    total_N = np.concatenate(totals)
+    _refuse_totals(total_N)
+    return Verified(candidate, inverted, total_N, np.concatenate(prints), largest)
+
+
+def _refuse_totals(total_N: npt.NDArray[np.int64]) -> None:
+    filled = total_N[total_N > 0]
+    if not len(filled):
+        raise CountsError("holds only zeros")
+    mean = float(filled.mean())
+    if (
+        len(filled) >= EQUAL_TOTALS_CELLS
+        and mean >= EQUAL_TOTALS_MEAN
+        and float(filled.std()) <= EQUAL_TOTALS_SPREAD * mean
+    ):
+        raise CountsError(f"is normalised to a constant total: all {len(filled):,} cells sum to about {mean:,.0f}")
+
+
+class _CellError(CountsError):
+    """A value that is not a count, with the cell (and gene) of its block."""
+
+    def __init__(self, what: str, cell: int, gene: int | None, fractional: bool = False) -> None:
+        super().__init__(what)
+        self.cell, self.gene, self.fractional = cell, gene, fractional
+
+
+def _whole(block: sp.csr_matrix, dtype: np.dtype[Any]) -> sp.csr_matrix:
+    """The block as int32 counts.
+
+    Raises
+    ------
+    _CellError
+        At the first value that is no count.
+    """
+    values = block.data
+    limit = LARGEST_IN_FLOAT16 if dtype == np.float16 else LARGEST_COUNT
+    if values.dtype.kind == "f":
+        _refuse(block, ~np.isfinite(values), "holds NaN or infinite values")
+    if values.dtype.kind != "u" and values.min(initial=0) < 0:
+        seen = f"holds negative values (down to {values.min():.4g}), so it is scaled/z-scored or otherwise transformed"
+        _refuse(block, values < 0, seen)
+    if values.dtype.kind == "f":
+        seen = f"holds fractional values (up to {values.max(initial=0):.4g}), so it is normalised or log-transformed"
+        _refuse(block, values != np.rint(values), seen, fractional=True)
+    if values.max(initial=0) > limit:
+        seen = f"holds values up to {values.max():.6g}, above {limit:,}, "
+        seen += "where float16 is no longer exact" if dtype == np.float16 else "which no UMI count reaches"
+        _refuse(block, values > limit, seen)
+    return _canonical(sp.csr_matrix((values.astype(np.int32), block.indices, block.indptr), shape=block.shape))
+
+
+def _inverted(block: sp.csr_matrix, dtype: np.dtype[Any]) -> sp.csr_matrix:
+    """The counts whose log1p(counts / total * 10,000) the block is, given that each cell's smallest count is 1.
+
+    Raises
+    ------
+    _CellError
+        At the first cell where that is not certain.
+    """
+    if not np.isfinite(block.data).all() or block.data.min(initial=0) < 0:
+        raise _CellError("holds NaN, infinite or negative values", 0, None)
+    logs = _canonical(sp.csr_matrix((block.data.astype(np.float64), block.indices, block.indptr), shape=block.shape))
+    n_genes_N = np.diff(logs.indptr)
+    filled = np.flatnonzero(n_genes_N)
+    if not len(filled):
+        return logs.astype(np.int32)
+    with np.errstate(over="ignore"):
+        scaled = np.expm1(logs.data)
+    starts = logs.indptr[filled]
+    total, smallest = np.add.reduceat(scaled, starts), np.minimum.reduceat(scaled, starts)
+    off = np.flatnonzero(~(np.abs(total - CP10K) <= TOTAL_TOLERANCE))
+    if len(off):
+        seen = f"is not log1p of counts per 10,000: expm1 of a cell sums to {total[off[0]]:,.6g}"
+        raise _CellError(seen, int(filled[off[0]]), None)
+    few = np.flatnonzero(n_genes_N[filled] < FEWEST_GENES_INVERTED)
+    if len(few):
+        seen = f"may be log1p of counts per 10,000, but a cell has fewer than {FEWEST_GENES_INVERTED} genes as proof"
+        raise _CellError(seen, int(filled[few[0]]), None)
+    ratio = scaled / np.repeat(smallest, n_genes_N[filled])
+    whole = np.rint(ratio)
+    wrong = (np.abs(ratio - whole) > WHOLE_TOLERANCE + WHOLE_TOLERANCE_PER_COUNT * whole) | (whole > LARGEST_INVERTED)
+    _refuse(logs, wrong, "looks like log1p of counts per 10,000, but undoing it does not give whole numbers")
+    return sp.csr_matrix((whole.astype(np.int32), logs.indices, logs.indptr), shape=logs.shape)
+
+
+def _canonical(block: sp.csr_matrix) -> sp.csr_matrix:
+    """The block itself with genes in order, each once, and no stored zeros."""
+    block.sum_duplicates()
+    if block.nnz and not block.data.all():
+        block.eliminate_zeros()
+    return block
+
+
+def _refuse(block: sp.csr_matrix, bad: npt.NDArray[np.bool_], what: str, fractional: bool = False) -> None:
+    if bad.any():
+        at = int(np.argmax(bad))
+        cell = int(np.searchsorted(block.indptr, at, side="right")) - 1
+        raise _CellError(
+            f"{what}, {int(bad.sum()):,} of the {len(bad):,} read", cell, int(block.indices[at]), fractional
+        )

@@ -1,0 +1,103 @@
+"""Choice of the gene panel: variable genes across studies, and the genes that the labels rest on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from carvae.config import IngestConfig
+from carvae.data.genes import excluded_by_policy
+from carvae.errors import GeneError
+
+MIN_CELLS_PER_BATCH = 50
+"""Batches with fewer drawn cells are ranked with the largest: the loess fit of seurat_v3 needs points."""
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """The genes a model sees, and why the others are not among them."""
+
+    genes: tuple[str, ...]
+    n_variable: int
+    """Genes chosen because they vary."""
+    n_signature: int
+    """Genes added because a label signature holds them."""
+    excluded: dict[str, int]
+    """Gene-policy group -> measured genes left out by it."""
+
+
+def choose_panel(
+    counts: sp.csr_matrix,
+    batch: Sequence[str],
+    universe: NDArray[np.object_],
+    measured: NDArray[np.bool_],
+    signature_genes: Sequence[str],
+    config: IngestConfig,
+) -> Panel:
+    """Return the panel chosen on drawn cells.
+
+    Parameters
+    ----------
+    counts
+        Raw counts of the drawn cells, [cells, universe].
+    batch
+        Batch of each drawn cell.
+    universe
+        Symbols of all measured genes.
+    measured
+        bool [n_studies, universe].
+    signature_genes
+        Genes that enter whether or not they vary, if any study measured them and the policy allows.
+    config
+        The ingest section.
+
+    Raises
+    ------
+    GeneError
+        Too few genes are shared by the studies.
+    """
+    groups = excluded_by_policy(universe, config.exclude_genes)
+    allowed = ~np.logical_or.reduce([*groups.values(), np.zeros(len(universe), np.bool_)])
+    detected = np.asarray((counts > 0).sum(axis=0)).ravel() >= max(3, counts.shape[0] // 10_000)
+    shared = measured.mean(axis=0) >= config.min_study_share
+    candidates = np.flatnonzero(allowed & detected & shared)
+    if candidates.size < 10:
+        raise GeneError(
+            f"only {candidates.size} detected genes are measured by {config.min_study_share:.0%} of the studies; "
+            "check that the studies use the same species and identifiers, or lower ingest.min_study_share"
+        )
+    variable = candidates[_most_variable(counts[:, candidates], batch, config.n_top_genes)]
+    wanted = np.isin(universe, list(signature_genes)) & allowed & measured.any(axis=0)
+    chosen = np.union1d(variable, np.flatnonzero(wanted))
+    return Panel(
+        genes=tuple(str(g) for g in np.sort(universe[chosen].astype(str))),
+        n_variable=int(variable.size),
+        n_signature=int(chosen.size - variable.size),
+        excluded={name: int(mask.sum()) for name, mask in groups.items()},
+    )
+
+
+def _most_variable(counts: sp.csr_matrix, batch: Sequence[str], n_top: int) -> NDArray[np.intp]:
+    """Columns ranked first by scanpy's seurat_v3 within batches."""
+    import anndata as ad
+    import scanpy as sc
+
+    if counts.shape[1] <= n_top:
+        return np.arange(counts.shape[1])
+    names = pd.Series(list(batch), dtype=str)
+    sizes = names.value_counts()
+    names = names.where(names.map(sizes) >= MIN_CELLS_PER_BATCH, sizes.index[0])
+    obs = pd.DataFrame({"batch": names.astype("category").to_numpy()}, index=names.index.astype(str))
+    drawn = ad.AnnData(counts.astype(np.float32), obs=obs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scanpy warns about its own use of pandas
+        table = sc.pp.highly_variable_genes(
+            drawn, flavor="seurat_v3", n_top_genes=n_top, batch_key="batch" if names.nunique() > 1 else None, inplace=False
+        )
+    return np.flatnonzero(table["highly_variable"].to_numpy(dtype=bool))

@@ -1,0 +1,89 @@
+"""Sparse counts as tensors.
+
+Axes: N cells, G genes, M non-zero counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class CountsCSR:
+    """The counts of some cells, compressed by row."""
+
+    indptr_N: Tensor
+    """int64 [N + 1], where each cell's entries begin."""
+    gene_M: Tensor
+    """int32 [M], gene of each entry."""
+    count_M: Tensor
+    """float32 [M], counts."""
+    n_genes: int
+    """G."""
+
+    @classmethod
+    def from_scipy(cls, counts: sp.csr_matrix) -> CountsCSR:
+        """The tensors of a scipy matrix."""
+        return cls(
+            torch.from_numpy(counts.indptr.astype(np.int64)),
+            torch.from_numpy(counts.indices.astype(np.int32)),
+            torch.from_numpy(counts.data.astype(np.float32)),
+            counts.shape[1],
+        )
+
+    @property
+    def n_cells(self) -> int:
+        """N."""
+        return self.indptr_N.numel() - 1
+
+    def cell_M(self) -> Tensor:
+        """Cell of each entry, int64 [M]."""
+        return torch.repeat_interleave(self.indptr_N.diff(), output_size=self.gene_M.numel())
+
+    def library_N(self) -> Tensor:
+        """Observed counts per cell, float [N]."""
+        return self.count_M.new_zeros(self.n_cells).index_add_(0, self.cell_M(), self.count_M)
+
+    def rows(self, rows_N: Tensor) -> CountsCSR:
+        """The given cells, in the given order."""
+        first_N = self.indptr_N[rows_N]
+        size_N = self.indptr_N[rows_N + 1] - first_N
+        indptr_N = torch.zeros(rows_N.numel() + 1, dtype=torch.int64, device=rows_N.device)
+        torch.cumsum(size_N, 0, out=indptr_N[1:])
+        n = int(indptr_N[-1])
+        entry_M = torch.repeat_interleave(first_N - indptr_N[:-1], size_N, output_size=n)
+        entry_M += torch.arange(n, device=rows_N.device)
+        return CountsCSR(indptr_N, self.gene_M[entry_M], self.count_M[entry_M], self.n_genes)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Each gene's share of all counts, and its inverse dispersion by moments, float32 [G].
+
+        With library l and share p, NB gives ``E[x^2] = p E[l] + p^2 E[l^2] (1 + 1 / theta)``.
+        """
+        library_N = self.library_N().double()
+        gene_M, count_M = self.gene_M.long(), self.count_M.double()
+        total_G = torch.zeros(self.n_genes, dtype=torch.float64).index_add_(0, gene_M, count_M)
+        square_G = torch.zeros_like(total_G).index_add_(0, gene_M, count_M.square()) / self.n_cells
+        share_G = total_G / library_N.sum().clamp(min=1)
+        expected_G = share_G.square() * library_N.square().mean()
+        excess_G = square_G - share_G * library_N.mean() - expected_G
+        return share_G.float(), (expected_G / excess_G.clamp(min=1e-6)).float()
+
+    def to_scipy(self) -> sp.csr_matrix:
+        """The scipy matrix of the tensors."""
+        parts = (self.count_M.cpu().numpy(), self.gene_M.cpu().numpy(), self.indptr_N.cpu().numpy())
+        return sp.csr_matrix(parts, shape=(self.n_cells, self.n_genes))
+
+    def to(self, device: torch.device | str, **options: bool) -> CountsCSR:
+        """The same counts on another device."""
+        return CountsCSR(
+            self.indptr_N.to(device, **options),
+            self.gene_M.to(device, **options),
+            self.count_M.to(device, **options),
+            self.n_genes,
+        )

@@ -1,0 +1,52 @@
+"""Splits by patient; never by cell."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+N_DRAWS = 200
+"""Random sets of patients among which the one of the wanted size is taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class PatientSplit:
+    """Cells of training patients and of held-out patients."""
+
+    train: NDArray[np.int64]
+    validation: NDArray[np.int64]
+    """Empty where nothing is held out."""
+    validation_patients: tuple[str, ...]
+
+
+def split_patients(
+    patient: pd.Series[str], labelled: NDArray[np.bool_], share: float, rng: np.random.Generator
+) -> PatientSplit:
+    """Return a split that holds out about ``share`` of the labelled cells as whole patients.
+
+    Patients differ in size by orders of magnitude, so of `N_DRAWS` random sets of ``round(share * patients)``
+    (at least one) patients the one nearest to the wanted share of labelled cells (of cells, where none is labelled)
+    is taken. With a share of 0, or a single patient, nothing is held out.
+
+    Parameters
+    ----------
+    patient
+        Patient of each cell.
+    labelled
+        Whether the cell bears a label.
+    """
+    names = np.array(sorted(set(patient)))
+    everyone = np.arange(len(patient), dtype=np.int64)
+    if share == 0 or names.size < 2:
+        return PatientSplit(everyone, everyone[:0], ())
+    size = pd.Series(labelled if labelled.any() else np.ones(len(patient)), index=patient.index)
+    per_patient = size.groupby(patient.astype(str)).sum().reindex(names).to_numpy(dtype=float)
+    n_held = min(max(1, round(share * names.size)), names.size - 1)
+    draws = [rng.choice(names.size, n_held, replace=False) for _ in range(N_DRAWS)]
+    wanted = share * per_patient.sum()
+    held = names[np.sort(min(draws, key=lambda d: abs(per_patient[d].sum() - wanted)))]
+    out = patient.isin(held).to_numpy()
+    return PatientSplit(everyone[~out], everyone[out], tuple(str(p) for p in held))

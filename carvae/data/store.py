@@ -1,0 +1,203 @@
+"""Many studies as one zarr v3 store: panel counts by row in shards, and the contract's columns of every cell.
+
+Axes: N cells, G panel genes, M non-zero counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import zarr
+from numpy.typing import NDArray
+
+from carvae.errors import ReadError
+
+FORMAT = 1
+"""Version of the layout; a store of another version is built again."""
+CHUNK = 1 << 17
+"""Entries of a compressed chunk."""
+SHARD = 1 << 22
+"""Entries of a shard (one file)."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreHeader:
+    """What a store holds besides its cells."""
+
+    fingerprint: str
+    """Hash of the inputs and settings it was built from."""
+    genes: tuple[str, ...]
+    """Panel, in the order of the columns."""
+    studies: tuple[str, ...]
+    """Studies, in the order of ``measured``."""
+    receipt: dict[str, Any]
+    """What happened on the way in, per study: cells kept and left out, where the counts were, gene receipt."""
+
+
+class StoreWriter:
+    """Appends cells to a new store; memory is bounded by one chunk of cells.
+
+    Parameters
+    ----------
+    path
+        An empty folder (the caller puts it in place when it is complete).
+    header
+        What the store holds.
+    measured
+        bool [n_studies, G], which panel genes each study measured.
+    """
+
+    def __init__(self, path: Path, header: StoreHeader, measured: NDArray[np.bool_]) -> None:
+        self.header = header
+        self._group = zarr.open_group(path, mode="w", zarr_format=3)
+        self._group.create_array("measured", data=measured)
+        index_type = np.uint16 if len(header.genes) <= np.iinfo(np.uint16).max + 1 else np.uint32
+        self._gene = self._grow("gene", index_type)
+        self._count = self._grow("count", np.uint32)
+        self._indptr: list[NDArray[np.int64]] = [np.zeros(1, np.int64)]
+        self._obs: list[pd.DataFrame] = []
+        self._content = hashlib.sha256()
+        self._pending: list[sp.csr_matrix] = []
+        self._n_entries = 0
+
+    def append(self, counts: sp.csr_matrix, obs: pd.DataFrame) -> None:
+        """Add cells: integer counts over the panel and their contract columns."""
+        if counts.shape != (len(obs), len(self.header.genes)):
+            raise AssertionError("counts and obs do not fit the panel")
+        counts.sort_indices()
+        self._indptr.append(counts.indptr[1:].astype(np.int64) + self._indptr[-1][-1])
+        self._obs.append(obs)
+        self._pending.append(counts)
+        self._content.update(counts.indptr.astype(np.int64).tobytes())
+        self._content.update(counts.indices.astype(np.int64).tobytes())
+        self._content.update(counts.data.astype(np.int64).tobytes())
+        if sum(block.nnz for block in self._pending) >= SHARD:
+            self._flush(whole_shards=True)
+
+    def close(self) -> None:
+        """Write what is left; the store is complete afterwards."""
+        self._flush(whole_shards=False)
+        indptr = np.concatenate(self._indptr)
+        self._group.create_array("indptr", data=indptr, chunks=(min(CHUNK, indptr.size),))
+        obs = pd.concat(self._obs, ignore_index=True)
+        for name in obs:
+            self._write_column(str(name), obs[name])
+        self._group.attrs.update(
+            {
+                "format": FORMAT,
+                "fingerprint": self.header.fingerprint,
+                "content": self._content.hexdigest(),
+                "genes": list(self.header.genes),
+                "studies": list(self.header.studies),
+                "receipt": self.header.receipt,
+                "columns": [str(name) for name in obs],
+            }
+        )
+
+    def _grow(self, name: str, dtype: Any) -> zarr.Array[Any]:
+        return self._group.create_array(name, shape=(0,), dtype=dtype, chunks=(CHUNK,), shards=(SHARD,))
+
+    def _flush(self, *, whole_shards: bool) -> None:
+        """Write pending entries; only whole shards before the end, so that no shard is written twice."""
+        if not self._pending:
+            return
+        gene = np.concatenate([block.indices for block in self._pending])
+        count = np.concatenate([block.data for block in self._pending])
+        n = gene.size // SHARD * SHARD if whole_shards else gene.size
+        for array, values in ((self._gene, gene), (self._count, count)):
+            array.resize((self._n_entries + n,))
+            array[self._n_entries :] = values[:n].astype(array.dtype)
+        self._n_entries += n
+        rest = sp.csr_matrix((count[n:], gene[n:], [0, gene.size - n]), shape=(1, len(self.header.genes)))
+        self._pending = [rest]
+
+    def _write_column(self, name: str, column: pd.Series[Any]) -> None:
+        if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
+            self._group.create_array(f"obs/{name}", data=column.to_numpy(np.float64))
+            return
+        codes, categories = pd.factorize(column.astype("string"), sort=True)
+        array = self._group.create_array(f"obs/{name}", data=codes.astype(np.int32))
+        array.attrs["categories"] = [str(c) for c in categories]
+
+
+@dataclass(frozen=True, slots=True)
+class PanelCounts:
+    """Panel counts of some cells, compressed by row."""
+
+    indptr: NDArray[np.int64]
+    gene: NDArray[np.int32]
+    count: NDArray[np.float32]
+
+
+class CellStore:
+    """A complete store, read only."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._group = zarr.open_group(path, mode="r")
+            attrs = dict(self._group.attrs)
+            if attrs["format"] != FORMAT:
+                raise ReadError(f"store {path} has layout {attrs['format']!r}, this carvae reads {FORMAT}; ingest again")
+            self.header = StoreHeader(
+                fingerprint=str(attrs["fingerprint"]),
+                genes=tuple(attrs["genes"]),  # type: ignore[arg-type]
+                studies=tuple(attrs["studies"]),  # type: ignore[arg-type]
+                receipt=attrs["receipt"],  # type: ignore[arg-type]
+            )
+            self.content = str(attrs["content"])
+            self.columns = tuple(attrs["columns"])  # type: ignore[arg-type]
+        except (KeyError, OSError, ValueError, TypeError, json.JSONDecodeError) as error:
+            raise ReadError(f"{path} is no complete carvae store ({type(error).__name__}); delete it and ingest again") from None
+
+    @property
+    def n_cells(self) -> int:
+        """N."""
+        return int(self._array("indptr").shape[0]) - 1
+
+    @property
+    def measured(self) -> NDArray[np.bool_]:
+        """bool [n_studies, G], which panel genes each study measured."""
+        return np.asarray(self._array("measured")[:], dtype=np.bool_)
+
+    def obs(self) -> pd.DataFrame:
+        """The contract's columns of every cell, categories where they are text."""
+        columns: dict[str, Any] = {}
+        for name in self.columns:
+            array = self._array(f"obs/{name}")
+            categories = array.attrs.get("categories")
+            values = np.asarray(array[:])
+            columns[name] = values if categories is None else pd.Categorical.from_codes(values, categories)  # type: ignore[arg-type]
+        return pd.DataFrame(columns)
+
+    def counts(self) -> PanelCounts:
+        """All panel counts in memory."""
+        return PanelCounts(
+            np.asarray(self._array("indptr")[:], dtype=np.int64),
+            np.asarray(self._array("gene")[:]).astype(np.int32),
+            np.asarray(self._array("count")[:]).astype(np.float32),
+        )
+
+    def chunks(self, size: int) -> Iterator[sp.csr_matrix]:
+        """Panel counts, ``size`` cells at a time, in order."""
+        indptr = np.asarray(self._array("indptr")[:], dtype=np.int64)
+        for start in range(0, self.n_cells, size):
+            stop = min(start + size, self.n_cells)
+            first, last = int(indptr[start]), int(indptr[stop])
+            gene = np.asarray(self._array("gene")[first:last]).astype(np.int32)
+            count = np.asarray(self._array("count")[first:last]).astype(np.float32)
+            yield sp.csr_matrix((count, gene, indptr[start : stop + 1] - first), shape=(stop - start, len(self.header.genes)))
+
+    def _array(self, name: str) -> zarr.Array[Any]:
+        array = self._group[name]
+        if not isinstance(array, zarr.Array):
+            raise ReadError(f"{self.path}/{name} is not an array; delete the store and ingest again")
+        return array

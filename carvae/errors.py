@@ -1,0 +1,61 @@
+"""What carvae raises when the caller's input, files or settings are wrong.
+
+Each message is one sentence for a person: what was found, where, and the remedy. The command line prints
+it and exits with 1; anything else that escapes is a fault of carvae and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class CarvaeError(Exception):
+    """A problem that the caller can remedy; the message says how."""
+
+
+class ConfigError(CarvaeError):
+    """A setting is unknown, has the wrong type, or contradicts another."""
+
+
+class SchemaError(CarvaeError):
+    """A study's ``obs`` does not meet the data contract."""
+
+
+class CountsError(CarvaeError):
+    """The matrix does not hold raw counts."""
+
+
+class GeneError(CarvaeError):
+    """The genes do not match: too little overlap, another species, or unknown identifiers."""
+
+
+class ReadError(CarvaeError):
+    """A file is missing, truncated, or of a kind that carvae does not read."""
+
+
+class LabelError(CarvaeError):
+    """Labels, label tree, mapping or signatures do not fit together."""
+
+
+class BundleError(CarvaeError):
+    """A model bundle is incomplete, altered, or too new for this version."""
+
+
+class TrainError(CarvaeError):
+    """Training cannot start or cannot go on with these data and settings."""
+
+
+def join_problems(head: str, problems: Sequence[str]) -> str:
+    """One message for several problems: ``head`` with a single problem after it, or a list below it.
+
+    Parameters
+    ----------
+    head
+        What the problems have in common, without a closing colon.
+    problems
+        One clear sentence each, at least one.
+    """
+    assert problems, "join_problems needs a problem"
+    if len(problems) == 1:
+        return f"{head}: {problems[0]}"
+    return "\n- ".join([f"{head} ({len(problems)} problems):", *problems])

@@ -1,0 +1,258 @@
+"""Many studies to one store: read, check, match genes, choose the panel, write.
+
+Two passes over the input, each a chunk of cells at a time: the first checks every count and draws cells for the
+choice of genes, the second writes. Cells are never all in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from carvae import __version__
+from carvae.config import Config, IngestConfig, StudyConfig, label_file
+from carvae.data.atomic import replacing_folder
+from carvae.data.genes import GeneTable, ResolvedGenes
+from carvae.data.panel import Panel, choose_panel
+from carvae.data.readers import CountsSource, open_samples
+from carvae.data.schema import check_studies, inspect_obs
+from carvae.data.store import FORMAT, CellStore, StoreHeader, StoreWriter
+from carvae.errors import CarvaeError, ConfigError, ReadError, SchemaError, join_problems
+from carvae.labels.signatures import Signatures, score
+from carvae.model.cohort import LABEL, SCORE
+
+log = logging.getLogger(__name__)
+
+@dataclass(slots=True)
+class _Part:
+    """One opened file of a study, its cells' contract columns, and which of them stay."""
+
+    study: str
+    source: CountsSource
+    genes: ResolvedGenes
+    obs: pd.DataFrame
+    keep: NDArray[np.bool_]
+    n_empty: int = 0
+
+
+def work_folder(output: Path) -> Path:
+    """Folder beside a bundle for what never leaves with it: the store, checkpoints, logs, the resolved config."""
+    return output.with_name(f"{output.name}.work")
+
+
+def run(config: Config) -> Path:
+    """Return the path of the store of ``config``, built only when inputs or settings changed.
+
+    Raises
+    ------
+    CarvaeError
+        A study cannot be read or does not meet the contract; nothing is written then.
+    """
+    if not config.ingest.studies:
+        raise ConfigError("ingest.studies is empty; name at least one study, as in configs/reference.yaml")
+    store = work_folder(config.output) / "store.zarr"
+    fingerprint = _fingerprint(config)
+    if store.exists() and _is_current(store, fingerprint):
+        log.info("store is up to date: %s", store)
+        return store
+    parts = _open_all(config.ingest)
+    signatures = Signatures.read(label_file(config.labels.signatures))
+    universe = np.array(sorted({str(s) for part in parts for s in part.genes.symbols}), dtype=object)
+    drawn, batch = _first_pass(parts, universe, config)
+    studies = tuple(config.ingest.studies)
+    measured = _measured(parts, studies, universe)
+    panel = choose_panel(drawn, batch, universe, measured, signatures.genes, config.ingest)
+    log.info("panel: %d genes (%d variable, %d of signatures)", len(panel.genes), panel.n_variable, panel.n_signature)
+    header = StoreHeader(fingerprint, panel.genes, studies, _receipt(parts, panel))
+    with replacing_folder(store) as scratch:
+        writer = StoreWriter(scratch, header, measured[:, np.isin(universe, panel.genes)])
+        for part in parts:
+            _write_part(writer, part, panel, signatures if config.labels.weak else None, config.ingest.chunk_size)
+        writer.close()
+    return store
+
+
+def _is_current(store: Path, fingerprint: str) -> bool:
+    try:
+        return CellStore(store).header.fingerprint == fingerprint
+    except ReadError:
+        return False  # half a store or an older layout: built again
+
+
+def _fingerprint(config: Config) -> str:
+    """Hash of the settings and of every input file's path, size and time of change."""
+    files = []
+    for name, study in config.ingest.studies.items():
+        if not study.path.exists():
+            raise ReadError(f"study {name!r}: {study.path} does not exist; correct ingest.studies.{name}.path")
+        inside = sorted(study.path.rglob("*")) if study.path.is_dir() else [study.path]
+        files += [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in inside if p.is_file()]
+    signatures = label_file(config.labels.signatures).read_text(encoding="utf-8")
+    # what is read from the studies; how their labels map onto the tree is decided when training
+    ingest = config.ingest.model_dump(mode="json")
+    for study in ingest["studies"].values():
+        study.pop("mapping"), study.pop("missing_labels")
+    settings = [__version__, FORMAT, ingest, config.labels.weak, signatures, config.seed, files]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _open_all(config: IngestConfig) -> list[_Part]:
+    """Every file of every study, opened and harmonised; the problems of all studies are raised at once."""
+    sources: dict[str, list[CountsSource]] = {}
+    problems: list[str] = []
+    for name, study in config.studies.items():
+        log.info("checking study %s: %s", name, study.path)
+        try:
+            sources[name] = open_samples(study.path, counts=study.counts)
+        except CarvaeError as error:
+            problems.append(f"study {name!r}: {error}")
+    if problems:
+        raise ReadError(problems[0] if len(problems) == 1 else join_problems("studies cannot be read", problems))
+    raw = {name: pd.concat([source.obs for source in opened]) for name, opened in sources.items()}
+    harmonised = [
+        inspect_obs(raw[name], name, study.obs, study.constants) for name, study in config.studies.items()
+    ]
+    check_studies(harmonised)
+    parts: list[_Part] = []
+    for study in harmonised:
+        for note in study.notes:
+            log.info("%s", note)
+        obs = study.obs.assign(**{LABEL: _label(raw[study.study], study.study, config.studies[study.study])})
+        parts += _parts(study.study, sources[study.study], obs)
+    return _without(config.exclude_patients, parts)
+
+
+def _label(obs: pd.DataFrame, name: str, study: StudyConfig) -> NDArray[np.object_]:
+    """Author's label of each cell, empty where missing."""
+    if study.label is None:
+        return np.full(len(obs), "", dtype=object)
+    if study.label not in obs:
+        raise SchemaError(
+            f"study {name!r}: obs has no column {study.label!r}, which ingest.studies.{name}.label names; "
+            f"it has {', '.join(map(str, obs.columns))}"
+        )
+    return obs[study.label].astype("string").fillna("").to_numpy(dtype=object)
+
+
+def _parts(name: str, sources: Sequence[CountsSource], obs: pd.DataFrame) -> Iterator[_Part]:
+    table, start = GeneTable.default(), 0
+    for source in sources:
+        own = obs.iloc[start : start + source.n_cells].copy()
+        start += source.n_cells
+        keep = np.ones(source.n_cells, np.bool_)
+        yield _Part(name, source, table.resolve(source.genes, source.gene_ids), own, keep)
+
+
+def _without(patients: Sequence[str], parts: Sequence[_Part]) -> list[_Part]:
+    """The parts with the cells of some patients left out."""
+    everyone = {str(p) for part in parts for p in part.obs["patient"].unique()}
+    if unknown := sorted(set(patients) - everyone):
+        raise ConfigError(
+            f"ingest.exclude_patients names {', '.join(map(repr, unknown))}, who are in no study; "
+            f"there are {', '.join(sorted(everyone)[:20])}"
+        )
+    for part in parts:
+        part.keep = ~part.obs["patient"].astype(str).isin(patients).to_numpy()
+    kept = [part for part in parts if part.keep.any()]
+    if not kept:
+        raise ConfigError("ingest.exclude_patients leaves no patient; keep at least one")
+    return kept
+
+
+def _first_pass(
+    parts: Sequence[_Part], universe: NDArray[np.object_], config: Config
+) -> tuple[sp.csr_matrix, NDArray[np.object_]]:
+    """Check every count, total each cell, drop what is too shallow, and draw cells for the choice of genes."""
+    rng = np.random.default_rng((config.seed, 1))
+    n_studies = len({part.study for part in parts})
+    drawn, batch = [], []
+    for part in parts:
+        log.info("reading %s", part.source.name)
+        study_size = sum(int(p.keep.sum()) for p in parts if p.study == part.study)
+        chance = config.ingest.hvg_cells / n_studies / study_size
+        spread = _columns(part.genes.symbols, universe)
+        names = _batch(part, config.ingest)
+        totals, start = [], 0
+        for chunk in part.source.chunks(config.ingest.chunk_size):
+            totals.append(np.asarray(chunk.sum(axis=1), dtype=np.float64).ravel())
+            deep = totals[-1] >= config.ingest.min_counts
+            part.keep[start : start + chunk.shape[0]] &= deep
+            picked = part.keep[start : start + chunk.shape[0]] & (rng.random(chunk.shape[0]) < chance)
+            drawn.append((chunk[picked] @ spread).tocsr())
+            batch.append(names[start : start + chunk.shape[0]][picked])
+            start += chunk.shape[0]
+        part.obs["n_counts"] = np.concatenate(totals)
+        part.n_empty = int((part.obs["n_counts"] < config.ingest.min_counts).sum())
+    return sp.vstack(drawn).tocsr(), np.concatenate(batch)
+
+
+def _batch(part: _Part, config: IngestConfig) -> NDArray[np.object_]:
+    """Batch of each cell of a file, for the choice of genes."""
+    if config.hvg_batch == "none":
+        return np.full(len(part.obs), "all", dtype=object)
+    return part.obs[config.hvg_batch].astype(str).to_numpy(object)
+
+
+def _columns(symbols: NDArray[np.object_], target: NDArray[np.object_]) -> sp.csr_matrix:
+    """Matrix [len(symbols), len(target)] that moves and sums columns; symbols that are not in ``target`` go."""
+    position = pd.Index(target).get_indexer(pd.Index(symbols))
+    rows = np.flatnonzero(position >= 0)
+    ones = np.ones(rows.size, np.int64)
+    return sp.csr_matrix((ones, (rows, position[rows])), shape=(len(symbols), len(target)))
+
+
+def _measured(parts: Sequence[_Part], studies: Sequence[str], universe: NDArray[np.object_]) -> NDArray[np.bool_]:
+    """bool [n_studies, universe]: genes that every file of the study holds."""
+    measured = np.zeros((len(studies), len(universe)), np.bool_)
+    for row, study in enumerate(studies):
+        held = [np.isin(universe, part.genes.symbols) for part in parts if part.study == study]
+        measured[row] = np.logical_and.reduce(held) if held else False
+    return measured
+
+
+def _write_part(
+    writer: StoreWriter, part: _Part, panel: Panel, signatures: Signatures | None, chunk_size: int
+) -> None:
+    spread = _columns(part.genes.symbols, np.array(panel.genes, dtype=object))
+    start = 0
+    for chunk in part.source.chunks(chunk_size):
+        keep = part.keep[start : start + chunk.shape[0]]
+        obs = part.obs.iloc[start : start + chunk.shape[0]][keep].reset_index(drop=True)
+        start += chunk.shape[0]
+        if not keep.any():
+            continue
+        if signatures is not None:
+            scores = score(chunk[keep], part.genes.symbols, signatures)
+            obs = obs.assign(**{f"{SCORE}{name}": scores[name].to_numpy() for name in scores})
+        writer.append((chunk[keep] @ spread).tocsr().astype(np.int64), obs)
+
+
+def _receipt(parts: Sequence[_Part], panel: Panel) -> dict[str, Any]:
+    """What came in, per study."""
+    studies: dict[str, Any] = {}
+    genes = set(panel.genes)
+    for part in parts:
+        known = {str(s) for s in part.genes.symbols}
+        studies.setdefault(part.study, []).append(
+            {
+                "file": part.source.name,
+                "counts_in": part.source.where,
+                "cells": int(part.keep.sum()),
+                "cells_left_out": int((~part.keep).sum()),
+                "cells_below_min_counts": part.n_empty,
+                "genes": len(known),
+                "genes_by": {str(how): int(n) for how, n in pd.Series(part.genes.how).value_counts().items()},
+                "panel_genes_missing": sorted(genes - known),
+            }
+        )
+    return {"studies": studies, "panel": {"variable": panel.n_variable, "signature": panel.n_signature, "excluded": panel.excluded}}

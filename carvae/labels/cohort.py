@@ -1,0 +1,93 @@
+"""The labels of all cells of a cohort, on one tree: the authors' where they gave any, else weak ones from signatures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping as MappingOf
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from carvae.errors import LabelError, join_problems
+from carvae.labels.signatures import Signatures, weak_labels
+from carvae.labels.tree import EncodedLabels, LabelTree, Mapping, concatenate, encode, prune
+
+
+@dataclass(frozen=True, slots=True)
+class StudyLabels:
+    """How the labels of one study map onto the tree."""
+
+    mapping: Path | None
+    """None where they bear the names of the tree's nodes (or the tree is flat)."""
+    missing: tuple[str, ...]
+    """Values that mean "not labelled", beside the empty one."""
+    labelled: bool
+    """Whether the study has an author's label column."""
+
+
+@dataclass(frozen=True, slots=True)
+class CohortLabels:
+    """A tree and every cell's label on it."""
+
+    tree: LabelTree
+    labels: EncodedLabels
+
+
+def label_cells(
+    label: pd.Series[str],
+    study: pd.Series[str],
+    how: MappingOf[str, StudyLabels],
+    tree_file: Path | None,
+    weak: tuple[pd.DataFrame, Signatures, pd.Series[Any]] | None = None,
+) -> CohortLabels | None:
+    """Return the labels of all cells; None where no study has labels and no weak ones are wanted.
+
+    Parameters
+    ----------
+    label
+        Author's label of each cell, empty where missing.
+    study
+        Study of each cell; cells of a study lie together, in the order of ``how``.
+    how
+        Study -> how its labels are read.
+    tree_file
+        YAML of the tree; None for a flat vocabulary, whose leaves are the labels that occur.
+    weak
+        Signature scores of each cell, their signatures and each cell's sample: labels the cells of studies without
+        author's labels.
+
+    Raises
+    ------
+    LabelError
+        Labels, mapping and tree do not fit; the problems of all studies at once.
+    """
+    if weak is None and not any(entry.labelled for entry in how.values()):
+        return None
+    tree = LabelTree.read(tree_file) if tree_file else _flat(label, study, how)
+    parts, problems = [], []
+    for name, entry in how.items():
+        cells = (study == name).to_numpy()
+        if not cells.any():
+            continue
+        try:
+            mapping = None if entry.mapping is None else Mapping.read(entry.mapping)
+            parts.append(encode(label[cells], tree, mapping, ("", *entry.missing)))
+            if weak is not None and not entry.labelled:
+                scores, signatures, sample = weak
+                parts[-1] = parts[-1].fill(weak_labels(scores[cells], sample[cells], tree, signatures))
+        except LabelError as error:
+            problems.append(f"study {name!r}: {error}")
+    if problems:
+        raise LabelError(problems[0] if len(problems) == 1 else join_problems("labels cannot be used", problems))
+    return CohortLabels(*prune(tree, concatenate(parts)))
+
+
+def _flat(label: pd.Series[str], study: pd.Series[str], how: MappingOf[str, StudyLabels]) -> LabelTree:
+    if mapped := [name for name, entry in how.items() if entry.mapping is not None]:
+        raise LabelError(
+            f"study {mapped[0]!r} maps its labels, but labels.tree is 'flat'; set labels.tree=tree or drop the mapping"
+        )
+    missing = study.astype(str).map(lambda name: set(how[name].missing)).to_numpy()
+    kept = [text for text, unwanted in zip(label.astype(str), missing, strict=True) if text and text not in unwanted]
+    return LabelTree.flat(kept)

@@ -1,0 +1,1 @@
+"""The generative model, its heads, and the bundle that carries them."""

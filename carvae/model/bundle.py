@@ -1,0 +1,233 @@
+"""The model bundle: a folder that any later carvae opens, that executes nothing, and that notices a changed byte.
+
+``weights.safetensors``, ``card.md`` and ``metrics.json`` are hashed in ``model.json``, which also bears its own hash
+(taken with the hash's place filled by zeros). No covariate value, patient or path is in it: categories are counted,
+not named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from carvae.config import ModelConfig
+from carvae.data.atomic import replacing_folder
+from carvae.data.genes import GeneReceipt, GeneTable, align
+from carvae.data.readers import CountsSource, open_source
+from carvae.errors import BundleError, GeneError
+from carvae.labels.signatures import Signatures
+from carvae.labels.tree import LabelTree
+from carvae.model.network import Network, Prediction
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+FORMAT = 1
+"""Version of the bundle's layout. Older layouts stay loadable; a newer one is refused by name."""
+FILES = ("weights.safetensors", "card.md", "metrics.json")
+NO_HASH = "0" * 64
+MAX_MODEL_JSON = 64 * 1024**2
+"""Bytes of model.json beyond which it is not read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where a bundle comes from, in words that name no patient."""
+
+    carvae_version: str
+    seed: int
+    data_fingerprint: str
+    """Hash of all training counts."""
+    n_cells: int
+    n_patients: int
+    n_studies: int
+    weak_labels: bool
+    """Whether any label was derived from signatures."""
+    libraries: dict[str, str]
+    """Library -> version."""
+
+
+@dataclass(slots=True)
+class Bundle:
+    """A trained model with everything that a query needs.
+
+    The methods bear scvi-tools' names; they take an AnnData with raw counts, any gene order, symbols or Ensembl ids.
+    """
+
+    network: Network
+    genes: tuple[str, ...]
+    tree: LabelTree | None
+    """None for a model trained without labels."""
+    signatures: Signatures
+    config: ModelConfig
+    n_categories: dict[str, int]
+    """Covariate -> number of categories seen in training."""
+    gene_policy: tuple[str, ...]
+    provenance: Provenance
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """Held-out scores (see ``metrics.json``)."""
+    card: str = ""
+    bundle_id: str = ""
+    """Start of the hash of model.json; set by `save` and `load`."""
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Label axes, the first being the one called state where there is one."""
+        return () if self.tree is None else tuple(axis.name for axis in self.tree.axes)
+
+    def save(self, path: Path | str) -> Path:
+        """Write the bundle; the folder is replaced as a whole or not at all. Returns its path."""
+        path = Path(path)
+        if path.exists() and not (path / "model.json").exists() and (not path.is_dir() or any(path.iterdir())):
+            raise BundleError(f"{path} exists and is no bundle; choose another output, nothing there was touched")
+        with replacing_folder(path) as scratch:
+            save_file(_tensors(self.network), scratch / FILES[0])
+            (scratch / FILES[1]).write_text(self.card, encoding="utf-8")
+            (scratch / FILES[2]).write_text(json.dumps(self.metrics, indent=1, allow_nan=False), encoding="utf-8")
+            text = json.dumps(self._describe(scratch), indent=1, allow_nan=False)
+            own = hashlib.sha256(text.encode()).hexdigest()
+            (scratch / "model.json").write_text(text.replace(NO_HASH, own, 1), encoding="utf-8")
+        self.bundle_id = own[:12]
+        return path
+
+    def get_latent_representation(self, adata: AnnData) -> NDArray[np.float32]:
+        """Latent means of the cells, [N, K]; ``adata`` is not changed."""
+        return self._predict(adata).latent_NK
+
+    def predict(self, adata: AnnData, axis: str | None = None, *, soft: bool = False) -> pd.Series[str] | pd.DataFrame:
+        """State of each cell on a label axis (the first by default), or with ``soft`` the probability of every state.
+
+        Raises
+        ------
+        BundleError
+            The model has no labels, or no such axis.
+        GeneError, CountsError
+            The query does not fit; see `carvae.predict`.
+        """
+        if self.tree is None:
+            raise BundleError("this model was trained without labels; it embeds but cannot predict states")
+        labels = self.tree[axis or self.axes[0]]
+        probability = pd.DataFrame(
+            self._predict(adata).probability_NS[labels.name], index=adata.obs_names, columns=list(labels.leaves)
+        )
+        return probability if soft else probability.idxmax(axis=1)
+
+    def align(self, source: CountsSource, min_overlap: float = 0.0) -> tuple[sp.csr_matrix, GeneReceipt]:
+        """How the genes of a query map onto the panel: a matrix [query genes, panel] and the receipt.
+
+        Raises
+        ------
+        GeneError
+            Fewer than ``min_overlap`` of the panel's genes are in the query.
+        """
+        alignment = align(GeneTable.default().resolve(source.genes, source.gene_ids), self.genes)
+        receipt = alignment.receipt
+        if receipt.overlap < min_overlap:
+            raise GeneError(
+                f"only {receipt.overlap:.0%} of the model's {len(self.genes)} genes are in the query, the least is "
+                f"{min_overlap:.0%}; give the unfiltered matrix, or a model trained on a panel that your assay measures"
+            )
+        return alignment.matrix, receipt
+
+    def _predict(self, adata: AnnData) -> Prediction:
+        source = open_source(adata)
+        matrix, _ = self.align(source, min_overlap=0.4)
+        return self.network.predict(sp.vstack([chunk @ matrix for chunk in source.chunks()]).tocsr())
+
+    def _describe(self, folder: Path) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "sha256": NO_HASH,
+            "files": {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in FILES},
+            "architecture": self.config.model_dump(mode="json"),
+            "genes": list(self.genes),
+            "tree": None if self.tree is None else self.tree.to_dict(),
+            "signatures": self.signatures.to_dict(),
+            "covariates": self.n_categories,
+            "gene_policy": list(self.gene_policy),
+            "provenance": asdict(self.provenance),
+        }
+
+
+def load(path: Path | str, device: str = "auto") -> Bundle:
+    """Return the bundle in a folder, with every hash checked; nothing in it is executed.
+
+    Raises
+    ------
+    BundleError
+        The folder is no bundle, is incomplete, was changed, or was written by a newer carvae.
+    """
+    path = Path(path)
+    spec, own_hash = _read_description(path)
+    for name, expected in spec["files"].items():
+        if name not in FILES or not (path / name).is_file():
+            raise BundleError(f"bundle {path} lacks {name!r}; copy the whole folder again")
+        if hashlib.sha256((path / name).read_bytes()).hexdigest() != expected:
+            raise BundleError(f"{path / name} was changed after the model was saved; copy the folder again or retrain")
+    try:
+        config = ModelConfig(**spec["architecture"])
+        tree = None if spec["tree"] is None else LabelTree.from_dict(spec["tree"])
+        bundle = Bundle(
+            network=Network(len(spec["genes"]), spec["covariates"], leaf_counts(tree), config),
+            genes=tuple(spec["genes"]),
+            tree=tree,
+            signatures=Signatures.from_dict(spec["signatures"]),
+            config=config,
+            n_categories=dict(spec["covariates"]),
+            gene_policy=tuple(spec["gene_policy"]),
+            provenance=Provenance(**spec["provenance"]),
+            metrics=json.loads((path / "metrics.json").read_text(encoding="utf-8")),
+            card=(path / "card.md").read_text(encoding="utf-8"),
+            bundle_id=own_hash[:12],
+        )
+        bundle.network.load_state_dict(load_file(path / FILES[0]))
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise BundleError(f"bundle {path} does not describe a model ({type(error).__name__}: {error})") from None
+    if not all(bool(torch.isfinite(p).all()) for p in bundle.network.parameters()):
+        raise BundleError(f"bundle {path} holds weights that are not finite; retrain it")
+    target = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    bundle.network.to(target).eval()
+    return bundle
+
+
+def _read_description(path: Path) -> tuple[dict[str, Any], str]:
+    """The content of model.json and its hash, checked."""
+    file = path / "model.json"
+    if not file.is_file():
+        raise BundleError(f"{path} is no model bundle (no model.json in it); give the output folder of `carvae train`")
+    if file.stat().st_size > MAX_MODEL_JSON:
+        raise BundleError(f"{file} is larger than any model description; this is no carvae bundle")
+    raw = file.read_bytes()
+    stated = re.search(rb'"sha256": "([0-9a-f]{64})"', raw)
+    if stated is None:
+        raise BundleError(f"{file} bears no hash; the file was changed or is incomplete, copy the folder again")
+    blank = raw[: stated.start(1)] + NO_HASH.encode() + raw[stated.end(1) :]
+    own = stated.group(1).decode()
+    if hashlib.sha256(blank).hexdigest() != own:
+        raise BundleError(f"{file} was changed after the model was saved; copy the folder again or retrain")
+    spec: dict[str, Any] = json.loads(raw)
+    if spec.get("format", 0) > FORMAT:
+        raise BundleError(f"bundle {path} has layout {spec['format']}, this carvae reads up to {FORMAT}; upgrade carvae")
+    return spec, own
+
+
+def _tensors(network: Network) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+
+
+def leaf_counts(tree: LabelTree | None) -> dict[str, int]:
+    """Label axis -> number of leaves."""
+    return {} if tree is None else {axis.name: len(axis.leaves) for axis in tree.axes}
+

@@ -1,0 +1,76 @@
+"""The model card: what a bundle is for, what it was trained on, and what it scored; every number is the run's own."""
+
+from __future__ import annotations
+
+from carvae.model.bundle import Bundle
+
+
+def write_card(bundle: Bundle) -> str:
+    """Return the card of a bundle as Markdown."""
+    made = bundle.provenance
+    lines = [
+        "# carvae model card",
+        "",
+        f"Written by carvae {made.carvae_version}, seed {made.seed}, training data `{made.data_fingerprint[:16]}`.",
+        "",
+        "## Intended use",
+        "",
+        "Embedding and cell-state labelling of T cells in CAR-T single-cell RNA-seq, for research. Not a diagnostic, and",
+        "not validated for decisions on patients. Cells of kinds that were not in the training data get the nearest",
+        "known label.",
+        "",
+        "## Training data",
+        "",
+        f"{made.n_cells:,} cells of {made.n_patients} patients in {made.n_studies} "
+        f"{'study' if made.n_studies == 1 else 'studies'}; {len(bundle.genes):,} genes. Left out of the panel: "
+        f"{', '.join(bundle.gene_policy) or 'nothing'}.",
+        "Corrected for: " + (", ".join(f"{name} ({n})" for name, n in bundle.n_categories.items()) or "nothing") + ".",
+        "",
+        *_labels(bundle),
+        "",
+        "## Scores on held-out patients",
+        "",
+        *_scores(bundle),
+        "",
+        "## Limits",
+        "",
+        "- Scores are of patients held out of the same studies; another laboratory's data may do worse.",
+        "- The confidence is the softmax probability as trained; see the calibration error above.",
+        "- The licences of the training data apply to this model; carvae cannot know them. Name them here before sharing.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _labels(bundle: Bundle) -> list[str]:
+    if bundle.tree is None:
+        return ["Trained without labels: the model embeds and does not label."]
+    lines = [f"- {axis.name}: {', '.join(axis.leaves)}" for axis in bundle.tree.axes]
+    if bundle.provenance.weak_labels:
+        lines.append("- **Weak labels**: some labels were derived from gene signatures, not given by an author.")
+    return ["Labels:", "", *lines]
+
+
+def _scores(bundle: Bundle) -> list[str]:
+    held_out = bundle.metrics.get("held_out")
+    if not held_out:
+        return ["None: no labelled patient was held out of this training."]
+    lines = [f"{bundle.metrics['held_out_patients']} patients that this training did not see.", ""]
+    if bundle.metrics.get("refit"):
+        lines[0] += " The weights were then trained again on all patients, so these scores are of the run before."
+    for axis, score in held_out.items():
+        lines += [
+            f"### {axis} ({score['n_cells']:,} cells)",
+            "",
+            "| accuracy | macro-F1 | balanced accuracy | calibration error |",
+            "|---|---|---|---|",
+            f"| {score['accuracy']:.3f} | {score['macro_f1']:.3f} | {score['balanced_accuracy']:.3f} | {score['ece']:.3f} |",
+            "",
+            "| state | recall |",
+            "|---|---|",
+            *(f"| {leaf} | {recall:.3f} |" for leaf, recall in score["recall"].items()),
+            "",
+        ]
+    kept = bundle.metrics["macro_f1_by_missing_genes"]
+    lines += ["Macro-F1 with a share of the panel's genes missing: " + ", ".join(f"{k}: {v:.3f}" for k, v in kept.items())]
+    return lines

@@ -1,0 +1,158 @@
+"""The cells of a store as a model sees them: counts, covariates, and labels on one tree.
+
+Axes: N cells, G genes, C covariates, A label axes, S leaves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from carvae.config import Config, label_file
+from carvae.data.loader import CellData
+from carvae.data.sparse import CountsCSR
+from carvae.data.split import PatientSplit
+from carvae.data.store import CellStore
+from carvae.errors import ConfigError
+from carvae.labels.cohort import CohortLabels, StudyLabels, label_cells
+from carvae.labels.signatures import Signatures
+from carvae.labels.tree import LabelTree
+
+LABEL = "label"
+"""Column of the store with the author's labels, empty where missing."""
+SCORE = "score_"
+"""Prefix of the store's columns with signature scores, which weak labels are derived from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cohort:
+    """All cells of a store, ready for training."""
+
+    store: CellStore
+    obs: pd.DataFrame
+    counts: CountsCSR
+    covariate_NC: NDArray[np.int64]
+    n_categories: dict[str, int]
+    study_N: NDArray[np.int64]
+    cohort_labels: CohortLabels | None
+
+    @classmethod
+    def assemble(cls, store: CellStore, config: Config) -> Cohort:
+        """Load the store and map its labels onto the tree.
+
+        Raises
+        ------
+        LabelError, ConfigError
+            Labels do not fit the tree, or a covariate is no column of the store.
+        """
+        obs = store.obs()
+        if unknown := [name for name in config.model.covariates if name not in obs]:
+            raise ConfigError(
+                f"model.covariates names {', '.join(map(repr, unknown))}, which the studies do not have; "
+                f"map it in ingest.studies.*.obs, or choose from {', '.join(obs.columns)}"
+            )
+        codes = {name: obs[name].astype("category").cat.codes.to_numpy(np.int64) for name in config.model.covariates}
+        raw = store.counts()
+        return cls(
+            store=store,
+            obs=obs,
+            counts=CountsCSR(
+                torch.from_numpy(raw.indptr), torch.from_numpy(raw.gene), torch.from_numpy(raw.count), len(store.header.genes)
+            ),
+            covariate_NC=np.stack([*codes.values()], axis=1) if codes else np.zeros((len(obs), 0), np.int64),
+            n_categories={name: int(code.max()) + 1 for name, code in codes.items()},
+            study_N=pd.Categorical(obs["study"].astype(str), categories=store.header.studies).codes.astype(np.int64),
+            cohort_labels=_labels(obs, config),
+        )
+
+    @property
+    def tree(self) -> LabelTree | None:
+        """The part of the label tree that these labels teach."""
+        return None if self.cohort_labels is None else self.cohort_labels.tree
+
+    @property
+    def labelled_N(self) -> NDArray[np.bool_]:
+        """Whether a cell bears a label on any axis."""
+        if self.cohort_labels is None:
+            return np.zeros(len(self.obs), np.bool_)
+        return np.logical_or.reduce([axis.code >= 0 for axis in self.cohort_labels.labels.axes])
+
+    @property
+    def weak(self) -> bool:
+        """Whether any label was derived from signatures."""
+        return self.cohort_labels is not None and self.cohort_labels.labels.weak
+
+    def allowed(self) -> dict[str, torch.Tensor]:
+        """Label axis -> bool [sets, S], the leaves that each label set allows."""
+        if self.cohort_labels is None:
+            return {}
+        return {axis.axis: torch.from_numpy(axis.allowed) for axis in self.cohort_labels.labels.axes}
+
+    def data(self, train: NDArray[np.int64], config: Config) -> CellData:
+        """The cells as tensors, with weights and known categories taken from the training cells alone."""
+        codes, weights = [], []
+        for axis in self.cohort_labels.labels.axes if self.cohort_labels else ():
+            weight_N = balanced_weights(axis.code, train, config.train.class_balance)
+            weights.append(np.where(axis.weak, config.train.weak_weight, 1.0) * weight_N)
+            codes.append(axis.code.astype(np.int64))
+        measured = self.store.measured
+        return CellData(
+            counts=self.counts,
+            covariate_NC=torch.from_numpy(_known_categories(self.covariate_NC, train)),
+            unmeasured_SG=None if measured.all() else torch.from_numpy(~measured),
+            study_N=torch.from_numpy(self.study_N),
+            code_NA=torch.from_numpy(np.stack(codes, 1) if codes else np.zeros((len(self.obs), 0), np.int64)),
+            weight_NA=torch.from_numpy((np.stack(weights, 1) if weights else np.zeros((len(self.obs), 0))).astype(np.float32)),
+        )
+
+    def sentence(self, split: PatientSplit) -> str:
+        """What is trained on, in one line."""
+        patients = self.obs["patient"].nunique()
+        held = f"{len(split.validation_patients)} held out" if split.validation.size else "none held out"
+        return (
+            f"{len(self.obs):,} cells ({int(self.labelled_N.sum()):,} labelled), {patients} patients ({held}), "
+            f"{self.obs['study'].nunique()} studies, {len(self.store.header.genes):,} genes"
+        )
+
+
+def balanced_weights(code_N: NDArray[np.integer], train: NDArray[np.int64], balance: float) -> NDArray[np.float64]:
+    """Weight of each cell, ``count ** -balance`` of its label set, with mean 1 over the labelled training cells."""
+    taught = code_N[train]
+    taught = taught[taught >= 0]
+    if taught.size == 0:
+        return np.zeros(code_N.size)
+    count = np.bincount(taught, minlength=int(code_N.max()) + 1)
+    weight = np.maximum(count, 1).astype(np.float64) ** -balance
+    weight /= weight[taught].mean()
+    return np.where(code_N >= 0, weight[np.maximum(code_N, 0)], 0.0)
+
+
+def _known_categories(covariate_NC: NDArray[np.int64], train: NDArray[np.int64]) -> NDArray[np.int64]:
+    """-1 for the categories that no training cell has: their rows of the tables are never trained."""
+    known = covariate_NC.copy()
+    for c in range(known.shape[1]):
+        known[~np.isin(known[:, c], np.unique(known[train, c])), c] = -1
+    return known
+
+
+def _labels(obs: pd.DataFrame, config: Config) -> CohortLabels | None:
+    how = {
+        name: StudyLabels(
+            mapping=None if study.mapping is None else label_file(study.mapping),
+            missing=study.missing_labels,
+            labelled=study.label is not None,
+        )
+        for name, study in config.ingest.studies.items()
+    }
+    tree_file = None if config.labels.tree == "flat" else label_file(config.labels.tree)
+    weak = None
+    if config.labels.weak:
+        if tree_file is None:
+            raise ConfigError("labels.weak needs a label tree: signatures vote for its nodes; set labels.tree=tree")
+        scores = obs[[c for c in obs if c.startswith(SCORE)]].rename(columns=lambda c: c.removeprefix(SCORE))
+        weak = (scores, Signatures.read(label_file(config.labels.signatures)), obs["sample"].astype(str))
+    return label_cells(obs[LABEL].astype("string").fillna(""), obs["study"].astype(str), how, tree_file, weak)

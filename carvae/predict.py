@@ -1,0 +1,234 @@
+"""Embed and label new samples with a bundle: no training, no batch names, any number of cells.
+
+Cells stream through in chunks; what is kept per cell is its row of the result, never its counts.
+
+Axes: N cells, K latent, S leaves of one label axis.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from anndata import AnnData
+from numpy.typing import NDArray
+
+from carvae import __version__
+from carvae.config import PredictConfig
+from carvae.data.genes import GeneReceipt, GeneTable
+from carvae.data.readers import CountsSource, open_samples, open_source
+from carvae.data.results import CellResults, add_results, write_results
+from carvae.data.schema import harmonise
+from carvae.errors import BundleError
+from carvae.labels.signatures import score
+from carvae.labels.tree import RESERVED
+from carvae.model.bundle import Bundle, load
+from carvae.model.network import Prediction
+
+log = logging.getLogger(__name__)
+
+MARKERS = ("LAG3", "PDCD1", "HAVCR2")
+"""Exhaustion markers whose detection (one count or more) is reported per sample."""
+
+
+def annotate(adata: AnnData, model: Bundle | Path | str, config: PredictConfig | None = None) -> AnnData:
+    """Return a copy of ``adata`` with states, confidence, signature scores and the embedding.
+
+    Added are ``obs["carvae_state"]``, ``obs["carvae_confidence"]``, ``obs["carvae_score_<signature>"]``,
+    ``obsm["carvae_probability"]``, ``obsm["X_carvae"]`` and ``uns["carvae"]``; a tree with several axes adds
+    ``carvae_<axis>`` for the others.
+
+    Raises
+    ------
+    CarvaeError
+        The counts are no raw counts, too few of the model's genes are there, or the model has no labels.
+    """
+    return _in_memory(adata, model, config, label=True)
+
+
+def embed(adata: AnnData, model: Bundle | Path | str, config: PredictConfig | None = None) -> AnnData:
+    """Return a copy of ``adata`` with ``obsm["X_carvae"]`` and ``uns["carvae"]``; raises as `annotate`."""
+    return _in_memory(adata, model, config, label=False)
+
+
+def run(query: Path, model: Path, out: Path, config: PredictConfig, *, label: bool) -> Path:
+    """Embed (and with ``label`` annotate) a file or folder, and write ``out``; returns its path.
+
+    Parameters
+    ----------
+    query
+        .h5ad, zarr, 10x .h5, 10x mtx folder, or a folder of those.
+    out
+        ``.h5ad`` or ``.zarr`` for an AnnData, ``.csv`` or ``.csv.gz`` for a table of cells. With ``label`` a table of
+        samples, ``<out>.samples.csv``, is written beside it.
+
+    Raises
+    ------
+    CarvaeError
+        The query or the model cannot be used; nothing is written then.
+    """
+    bundle = load(model)
+    sources = open_samples(query)
+    results, samples = _results(sources, bundle, config, label=label)
+    write_results(query, sources, results, out, samples)
+    return out
+
+
+def _in_memory(adata: AnnData, model: Bundle | Path | str, config: PredictConfig | None, *, label: bool) -> AnnData:
+    bundle = model if isinstance(model, Bundle) else load(model)
+    results, _ = _results([open_source(adata)], bundle, config or PredictConfig(), label=label)
+    result = adata.to_memory() if adata.isbacked else adata.copy()
+    add_results(result, results)
+    return result
+
+
+def _results(
+    sources: Sequence[CountsSource], bundle: Bundle, config: PredictConfig, *, label: bool
+) -> tuple[CellResults, pd.DataFrame | None]:
+    """What is said of every cell of every source, and the table of samples where cells are labelled."""
+    if label and bundle.tree is None:
+        raise BundleError("this model was trained without labels; use `carvae embed`, or train with labels")
+    parts = [_Stream(source, bundle, config, label=label).run() for source in sources]
+    receipts = [part.receipt for part in parts]
+    worst = min(receipts, key=lambda receipt: receipt.overlap)
+    log.info("genes: %s", worst.sentence())
+    if worst.overlap < config.warn_overlap:
+        log.warning("%s", _missing_gene_warning(worst, bundle))
+    cells = pd.concat([part.cells for part in parts])
+    states = {axis.name: axis.leaves for axis in bundle.tree.axes} if label and bundle.tree else {}
+    main = _main_axis(tuple(states))
+    results = CellResults(
+        obs=cells.drop(columns=["sample", *_marker_columns()], errors="ignore"),
+        latent=np.concatenate([part.latent for part in parts]),
+        probability={
+            "carvae_probability" if axis == main else f"carvae_{axis}_probability": np.concatenate(
+                [part.probability[axis] for part in parts]
+            )
+            for axis in states
+        },
+        uns=_provenance(bundle, config, worst, states),
+    )
+    return results, _sample_table(cells, states.get(main, ())) if label else None
+
+
+@dataclass(slots=True)
+class _Part:
+    """Results of one source."""
+
+    cells: pd.DataFrame
+    latent: NDArray[np.float32]
+    probability: dict[str, NDArray[np.float32]]
+    receipt: GeneReceipt
+
+
+class _Stream:
+    """One source on its way through the network."""
+
+    def __init__(self, source: CountsSource, bundle: Bundle, config: PredictConfig, *, label: bool) -> None:
+        self.source, self.bundle, self.config, self.label = source, bundle, config, label
+        self.matrix, self.receipt = bundle.align(source, config.min_overlap)
+        self.symbols = GeneTable.default().resolve(source.genes, source.gene_ids).symbols
+        columns = [np.flatnonzero(self.symbols == gene) for gene in MARKERS]
+        self.markers = {gene: column for gene, column in zip(MARKERS, columns, strict=True) if column.size}
+
+    def run(self) -> _Part:
+        """Read, align, embed and label every chunk."""
+        latent, probability, tables = [], [], []
+        for chunk in self.source.chunks(self.config.chunk_size):
+            panel = (chunk @ self.matrix).tocsr()
+            prediction = self.bundle.network.predict(panel)
+            latent.append(prediction.latent_NK)
+            if self.label:
+                probability.append(prediction.probability_NS)
+                tables.append(self._table(chunk, panel, prediction))
+        cells = pd.concat(tables, ignore_index=True) if self.label else pd.DataFrame(index=range(self.source.n_cells))
+        cells.index = self.source.obs.index
+        if self.label:
+            cells["sample"] = harmonise(self.source.obs, self.source.name, {}, {}, require=())["sample"].astype(str)
+        axes = probability[0] if probability else ()
+        return _Part(
+            cells, np.concatenate(latent), {a: np.concatenate([p[a] for p in probability]) for a in axes}, self.receipt
+        )
+
+    def _table(self, chunk: sp.csr_matrix, panel: sp.csr_matrix, prediction: Prediction) -> pd.DataFrame:
+        assert self.bundle.tree is not None
+        seen = np.asarray(panel.sum(axis=1)).ravel() >= self.config.min_counts
+        main = _main_axis(self.bundle.axes)
+        table: dict[str, Any] = {}
+        for axis in sorted(self.bundle.tree.axes, key=lambda a: a.name != main):
+            probability = prediction.probability_NS[axis.name]
+            names = np.array([*axis.leaves, RESERVED])
+            code = np.where(seen, probability.argmax(1), len(axis.leaves))
+            table[f"carvae_{axis.name}"] = pd.Categorical(names[code], categories=names)
+            confidence = "carvae_confidence" if axis.name == main else f"carvae_{axis.name}_confidence"
+            table[confidence] = np.where(seen, probability.max(1), 0.0).astype(np.float32)
+        table["carvae_n_counts"] = np.asarray(chunk.sum(axis=1)).ravel()
+        for gene, columns in self.markers.items():
+            table[f"{gene}+"] = np.asarray(chunk[:, columns].sum(axis=1)).ravel() > 0
+        scores = score(chunk, [str(s) for s in self.symbols], self.bundle.signatures)
+        return pd.DataFrame(table).assign(
+            **{f"carvae_score_{name}": scores[name].to_numpy(np.float32) for name in scores}
+        )
+
+
+def _main_axis(axes: Sequence[str]) -> str:
+    """The axis whose columns bear no axis name: ``state`` where there is one."""
+    return "state" if "state" in axes or not axes else axes[0]
+
+
+def _marker_columns() -> list[str]:
+    return [f"{gene}+" for gene in MARKERS]
+
+
+def _sample_table(cells: pd.DataFrame, states: Sequence[str]) -> pd.DataFrame:
+    """One row per sample: cells, depth, composition over states, mean signature scores, marker-positive fractions.
+
+    Fractions and means are over the cells used, those that are not ``unknown``.
+    """
+    state = next(c for c in cells if c.startswith("carvae_"))
+    rows = []
+    for sample, group in cells.groupby("sample", sort=True):
+        used = group[group[state] != RESERVED]
+        row: dict[str, Any] = {"sample": sample, "n_cells": len(group), "n_cells_used": len(used)}
+        row["median_counts"] = float(group["carvae_n_counts"].median())
+        row["mean_confidence"] = float(used["carvae_confidence"].mean())
+        row |= {f"fraction {name}": float((used[state] == name).mean()) for name in states}
+        row |= {f"fraction {name}": float(used[name].mean()) for name in _marker_columns() if name in used}
+        scores = [c for c in used if c.startswith("carvae_score_")]
+        row |= {f"mean {c.removeprefix('carvae_')}": float(used[c].mean()) for c in scores}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _provenance(
+    bundle: Bundle, config: PredictConfig, receipt: GeneReceipt, states: dict[str, tuple[str, ...]]
+) -> dict[str, Any]:
+    """``uns["carvae"]``: where every column comes from."""
+    return {
+        "bundle_id": bundle.bundle_id,
+        "carvae_version": __version__,
+        "trained_with": bundle.provenance.carvae_version,
+        "seed": bundle.provenance.seed,
+        "weak_labels": bundle.provenance.weak_labels,
+        "settings": config.model_dump_json(),
+        "genes": json.dumps(receipt.to_dict()),
+        "states": {axis: np.array(names, dtype=object) for axis, names in states.items()},
+    }
+
+
+def _missing_gene_warning(receipt: GeneReceipt, bundle: Bundle) -> str:
+    """What the missing genes cost, as measured on held-out patients when the model was trained."""
+    missing = 1 - receipt.overlap
+    text = f"{missing:.0%} of the model's genes are missing from the query"
+    measured = {float(k): v for k, v in bundle.metrics.get("macro_f1_by_missing_genes", {}).items()}
+    if not measured:
+        return f"{text}; labels will be less sure, by how much was not measured for this model"
+    expected = np.interp(missing, sorted(measured), [measured[k] for k in sorted(measured)])
+    return f"{text}; on held-out patients that lowers macro-F1 from {measured[0.0]:.2f} to about {expected:.2f}"

@@ -1,0 +1,356 @@
+"""Semi-supervised training: ELBO on all cells, label loss on the labelled, early stopping on held-out patients.
+
+What is random is a function of the seed and a counter (order of cells: seed and epoch; noise: seed and step), so a run
+that was killed and started again ends with the weights of an uninterrupted one.
+
+Axes: N cells, A label axes, S leaves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import shutil
+import sys
+import warnings
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as lightning
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from numpy.typing import NDArray
+from torch import Tensor
+
+from carvae import __version__
+from carvae.config import Config, label_file
+from carvae.data.atomic import replacing_file
+from carvae.data.loader import CellData, Minibatch, MinibatchLoader, Thinning
+from carvae.data.split import PatientSplit, split_patients
+from carvae.data.store import CellStore
+from carvae.errors import TrainError
+from carvae.ingest import run as ingest
+from carvae.ingest import work_folder
+from carvae.labels.signatures import Signatures
+from carvae.model.bundle import Bundle, Provenance, leaf_counts
+from carvae.model.card import write_card
+from carvae.model.cohort import Cohort
+from carvae.model.heads import label_loss
+from carvae.model.held_out import held_out_metrics
+from carvae.model.metrics import score_axis
+from carvae.model.network import Network
+
+log = logging.getLogger(__name__)
+
+LR_WARMUP = 0.05
+"""Share of the steps over which the learning rate rises."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """The result of one stage of training."""
+
+    network: Network
+    n_epochs: int
+    """Epochs behind the weights: the best by held-out loss, or all where nothing was held out."""
+
+
+def run(config: Config) -> Path:
+    """Train on the studies of ``config`` and write a bundle to ``config.output``; returns its path.
+
+    Raises
+    ------
+    CarvaeError
+        The studies, labels or settings do not fit; the previous bundle, if any, is then untouched.
+    """
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    work = work_folder(config.output)
+    store = CellStore(ingest(config))
+    with replacing_file(work / "config.yaml") as scratch:
+        scratch.write_text(config.to_yaml(), encoding="utf-8")
+    cohort = Cohort.assemble(store, config)
+    rng = np.random.default_rng((config.seed, 2))
+    split = split_patients(cohort.obs["patient"], cohort.labelled_N, config.train.validation_share, rng)
+    log.info("%s", cohort.sentence(split))
+    result = fit(cohort, split, config, work / "fit")
+    metrics = held_out_metrics(result.network, cohort, split, config.seed) | {"epochs": result.n_epochs}
+    if config.train.refit and split.validation.size:
+        everyone = np.arange(len(cohort.obs), dtype=np.int64)
+        log.info("training again on all patients, for %d epochs", result.n_epochs)
+        result = fit(cohort, PatientSplit(everyone, everyone[:0], ()), config, work / "refit", result.n_epochs)
+    path = _bundle(result.network, cohort, config, metrics).save(config.output)
+    for stage in ("fit", "refit"):
+        shutil.rmtree(work / stage / "checkpoints", ignore_errors=True)
+    log.info("model written to %s", path)
+    return path
+
+
+def fit(cohort: Cohort, split: PatientSplit, config: Config, folder: Path, n_epochs: int | None = None) -> Fit:
+    """Train one network, continuing from ``folder``'s checkpoint where one of the same run is there.
+
+    Parameters
+    ----------
+    n_epochs
+        Exactly so many epochs of the schedule, without early stopping; by default the config's, with it.
+
+    Raises
+    ------
+    TrainError
+        The loss is not finite.
+    """
+    data = cohort.data(split.train, config)
+    steps_per_epoch = math.ceil(split.train.size / config.train.batch_size)
+    epochs = max(config.train.max_epochs, math.ceil(config.train.min_steps / steps_per_epoch))
+    torch.manual_seed(config.seed)
+    network = Network(data.counts.n_genes, cohort.n_categories, leaf_counts(cohort.tree), config.model)
+    network.vae.start_from_moments(*data.counts.rows(torch.from_numpy(split.train)).moments())
+    module = Objective(network, data, cohort.allowed(), split, config)
+    module.n_steps = epochs * steps_per_epoch
+    checkpoints = _checkpoint_folder(folder, cohort, split, config, n_epochs)
+    callbacks = _callbacks(checkpoints, held_out=bool(split.validation.size), patience=config.train.patience)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning.*")  # advice on workers and on the number of log steps
+        trainer = lightning.Trainer(
+            accelerator={"cuda": "gpu"}.get(config.train.accelerator, config.train.accelerator),
+            devices=1,
+            precision=config.train.precision,
+            max_epochs=n_epochs or epochs,
+            logger=_loggers(folder, config),
+            callbacks=callbacks,
+            log_every_n_steps=50,
+            reload_dataloaders_every_n_epochs=1,
+            num_sanity_val_steps=0,
+            enable_model_summary=False,
+            enable_progress_bar=sys.stderr.isatty(),
+            default_root_dir=folder,
+        )
+        last = checkpoints / "last.ckpt"
+        if last.exists():
+            log.info("continuing from %s", last)
+        trainer.fit(module, ckpt_path=last if last.exists() else None, weights_only=True)
+    n_trained = trainer.current_epoch
+    best = next((c for c in callbacks if isinstance(c, ModelCheckpoint) and c.best_model_path), None)
+    if split.validation.size and best is not None:
+        state = torch.load(best.best_model_path, weights_only=True)
+        module.load_state_dict(state["state_dict"])
+        n_trained = int(state["epoch"]) + 1
+    _finish_loggers(trainer.loggers)
+    return Fit(network.cpu().eval(), n_trained)
+
+
+class Objective(lightning.LightningModule):
+    """The network with its loss, data and optimiser.
+
+    Parameters
+    ----------
+    network
+        What is trained.
+    data
+        All cells.
+    allowed
+        Label axis -> bool [sets, S], the leaves that each label set allows.
+    split
+        Cells to train on and cells to watch.
+    config
+        All settings.
+    """
+
+    n_steps: int = 1
+    """Optimiser steps of the whole schedule: warm-ups and learning rate are fractions of it."""
+
+    def __init__(
+        self, network: Network, data: CellData, allowed: dict[str, Tensor], split: PatientSplit, config: Config
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.data, self.split, self.config = data, split, config
+        self.axes = tuple(allowed)
+        for axis, allowed_LS in allowed.items():
+            self.register_buffer(f"allowed_{axis}", allowed_LS, persistent=False)
+        train = config.train
+        self.thin = Thinning(train.thinning, train.min_depth, train.gene_dropout, train.max_gene_dropout)
+        self._sums: dict[str, Tensor] = {}
+
+    def train_dataloader(self) -> MinibatchLoader:
+        """Training cells, in the order of this epoch."""
+        rows, size = self.split.train, self.config.train.batch_size
+        return MinibatchLoader(self.data, rows, size, self.config.seed, self.current_epoch)
+
+    def val_dataloader(self) -> MinibatchLoader | list[Any]:
+        """Cells of held-out patients, in order."""
+        rows = self.split.validation
+        return MinibatchLoader(self.data, rows, max(1024, self.config.train.batch_size)) if rows.size else []
+
+    def training_step(self, batch: Minibatch, batch_idx: int) -> Tensor:
+        """Loss of a minibatch; what the encoder sees is thinned, what the decoder explains is not."""
+        torch.manual_seed(_hash(self.config.seed, self.global_step))
+        progress = self.global_step / self.n_steps
+        warmup = self.config.train.kl_warmup
+        kl_weight = self.config.train.kl_weight * (min(1.0, progress / warmup) if warmup else 1.0)
+        loss, parts = self._loss(batch, self.thin, kl_weight)
+        self._accumulate(parts | {"train_loss": loss}, batch)
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        """Log the epoch's means; stop where training has diverged."""
+        means = self._means()
+        if not math.isfinite(means["train_loss"]):
+            raise TrainError(
+                f"the loss is not finite in epoch {self.current_epoch}; lower train.lr (now {self.config.train.lr:g})"
+            )
+        self.log_dict(means)
+
+    def on_validation_epoch_start(self) -> None:
+        """Put the training sums aside: validation has its own."""
+        self._train_sums, self._sums = self._sums, {}
+        self._held_out: list[dict[str, Tensor]] = []
+
+    def validation_step(self, batch: Minibatch, batch_idx: int) -> None:
+        """Loss of held-out cells with z at its mean, and their predictions."""
+        loss, parts = self._loss(batch, None, self.config.train.kl_weight)
+        self._accumulate(parts | {"val_loss": loss}, batch)
+        _, log_probability = self.network(batch.counts)
+        self._held_out.append({axis: p.exp().cpu() for axis, p in log_probability.items()})
+
+    def on_validation_epoch_end(self) -> None:
+        """Log held-out losses and label scores over the whole held-out set."""
+        means = self._means()
+        self.log_dict({name if name == "val_loss" else f"val_{name}": value for name, value in means.items()})
+        for a, axis in enumerate(self.axes):
+            probability = torch.cat([p[axis] for p in self._held_out]).float().numpy()
+            scores = score_axis(probability, self._leaf(a, axis), tuple(map(str, range(probability.shape[1]))))
+            if scores is not None:
+                self.log_dict({f"val_{axis}_macro_f1": scores.macro_f1, f"val_{axis}_ece": scores.ece})
+        self._sums = self._train_sums
+
+    def configure_optimizers(self) -> Any:
+        """Adam with a cosine schedule; eps at 1e-8, since gradients of rare genes are smaller than scvi's 0.01."""
+        train = self.config.train
+        optimizer = torch.optim.Adam(
+            self.network.parameters(), lr=train.lr, eps=1e-8, weight_decay=train.weight_decay, fused=True
+        )
+
+        def factor(step: int) -> float:
+            done = min(step / self.n_steps, 1.0)
+            return min(1.0, done / LR_WARMUP + 0.02) * 0.5 * (1 + math.cos(math.pi * done))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _loss(self, batch: Minibatch, thin: Thinning | None, kl_weight: float) -> tuple[Tensor, dict[str, Tensor]]:
+        posterior = self.network.vae.encoder(batch.counts if thin is None else thin(batch.counts))
+        z_NK = posterior.mean_NK if thin is None else posterior.sample()
+        elbo = self.network.vae.elbo(batch.counts, posterior, z_NK, batch.covariate_NC, batch.unmeasured_NG)
+        loss = elbo.loss(kl_weight)
+        parts = {"reconstruction": elbo.reconstruction_N.mean(), "kl": elbo.kl_N.mean()}
+        for a, (axis, log_probability_NS) in enumerate(self.network.head(z_NK).items()):
+            allowed_LS = self.get_buffer(f"allowed_{axis}")
+            parts[f"label_{axis}"] = label_loss(
+                log_probability_NS, batch.code_NA[:, a], allowed_LS, batch.weight_NA[:, a]
+            )
+            loss = loss + self.config.train.label_weight * parts[f"label_{axis}"]
+        return loss, parts
+
+    def _accumulate(self, parts: dict[str, Tensor], batch: Minibatch) -> None:
+        """Sum over cells on the device; nothing is read back before the epoch ends."""
+        n = batch.counts.n_cells
+        for name, value in (parts | {"n": torch.ones_like(next(iter(parts.values())))}).items():
+            self._sums[name] = self._sums.get(name, 0.0) + n * value.detach()
+
+    def _means(self) -> dict[str, float]:
+        n = self._sums.pop("n")
+        means = {name: float(value / n) for name, value in self._sums.items()}
+        self._sums = {}
+        return means
+
+    def _leaf(self, a: int, axis: str) -> NDArray[np.int64]:
+        """True leaf of each held-out cell, -1 where its label allows several or is missing."""
+        allowed = self.get_buffer(f"allowed_{axis}").cpu().numpy()
+        single = np.append(np.where(allowed.sum(1) == 1, allowed.argmax(1), -1), -1)
+        leaf: NDArray[np.int64] = single[self.data.code_NA[self.split.validation, a].numpy()]
+        return leaf
+
+
+def _hash(seed: int, step: int) -> int:
+    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _checkpoint_folder(
+    folder: Path, cohort: Cohort, split: PatientSplit, config: Config, n_epochs: int | None
+) -> Path:
+    """Folder of this very run's checkpoints; those of another run are gone."""
+    settings = config.model_dump(mode="json", include={"model", "train", "labels", "seed", "ingest"})
+    run_id = hashlib.sha256(
+        json.dumps([__version__, torch.__version__, cohort.store.content, settings, n_epochs]).encode()
+        + split.train.tobytes()
+    ).hexdigest()[:16]
+    checkpoints = folder / "checkpoints" / run_id
+    if not checkpoints.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    return checkpoints
+
+
+def _callbacks(checkpoints: Path, *, held_out: bool, patience: int) -> list[Callback]:
+    keep = ModelCheckpoint(
+        dirpath=checkpoints,
+        filename="best",
+        monitor="val_loss" if held_out else None,
+        save_top_k=1,
+        save_last=True,
+        save_on_train_epoch_end=True,
+        enable_version_counter=False,
+    )
+    if not held_out:
+        return [keep]
+    return [EarlyStopping("val_loss", patience=patience, check_on_train_epoch_end=True), keep]
+
+
+def _loggers(folder: Path, config: Config) -> list[Logger]:
+    loggers: list[Logger] = [CSVLogger(folder, name="", version="log")]
+    if config.train.wandb != "disabled":
+        # the config without study paths and patient names: those never leave
+        shown = config.model_dump(mode="json", include={"seed", "labels", "model", "train"})
+        loggers.append(
+            WandbLogger(project="carvae", save_dir=folder, offline=config.train.wandb == "offline", config=shown)
+        )
+    return loggers
+
+
+def _finish_loggers(loggers: list[Logger]) -> None:
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()
+
+
+def _bundle(network: Network, cohort: Cohort, config: Config, metrics: dict[str, Any]) -> Bundle:
+    provenance = Provenance(
+        carvae_version=__version__,
+        seed=config.seed,
+        data_fingerprint=cohort.store.content,
+        n_cells=len(cohort.obs),
+        n_patients=int(cohort.obs["patient"].nunique()),
+        n_studies=int(cohort.obs["study"].nunique()),
+        weak_labels=cohort.weak,
+        libraries={name: version(name) for name in ("torch", "scvi-tools", "anndata", "lightning", "numpy")},
+    )
+    bundle = Bundle(
+        network=network,
+        genes=cohort.store.header.genes,
+        tree=cohort.tree,
+        signatures=Signatures.read(label_file(config.labels.signatures)),
+        config=config.model,
+        n_categories=cohort.n_categories,
+        gene_policy=config.ingest.exclude_genes,
+        provenance=provenance,
+        metrics=metrics,
+    )
+    bundle.card = write_card(bundle)
+    return bundle

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Every check, on a fresh machine too: bash scripts/test.sh [arguments for pytest]
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+failed=()
+check() {
+    say "== $*"
+    "$@" </dev/null || failed+=("$1 $2")
+}
+check ruff check
+check ruff format --check
+check mypy carvae
+check python -m pytest "$@"
+
+if [ ${#failed[@]} -gt 0 ]; then
+    stop "FAILED after $SECONDS s: $(printf '%s, ' "${failed[@]}" | sed 's/, $//')."
+fi
+say "carvae: all checks passed in $SECONDS s."

@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import struct
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure as Canvas
+from matplotlib.text import Text
+
+from carvae.errors import ReadError
+from carvae.report import (
+    GREY,
+    WIDTH_PX,
+    Figure,
+    Number,
+    Table,
+    plot_composition,
+    plot_confusion,
+    plot_loss,
+    plot_signatures_by_state,
+    plot_umap,
+    save,
+    styles,
+    write_index,
+)
+
+STATES = [
+    "naive-like", "stem-like memory", "central memory", "effector memory", "effector/cytotoxic", "progenitor exhausted",
+    "terminally exhausted", "regulatory", "gamma-delta effector/cytotoxic", "double negative long-lived",
+    "interferon-responsive effector", "mucosal-associated invariant",
+]  # fmt: skip
+N = 400
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def texts(ax: Axes) -> Iterator[Text]:
+    """Every text of the figure that is drawn and not empty."""
+    canvas = ax.get_figure(root=True)
+    assert canvas is not None
+    unseen = {  # ticks beyond the limits exist but are not drawn
+        id(label)
+        for axes in canvas.axes
+        for axis, limits in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim()))
+        for tick in axis.get_major_ticks()
+        for label in (tick.label1, tick.label2)
+        if not min(limits) <= tick.get_loc() <= max(limits)
+    }
+    return (t for t in canvas.findobj(Text) if t.get_visible() and t.get_text().strip() and id(t) not in unseen)
+
+
+def drawn(ax: Axes) -> Canvas:
+    """The figure, laid out at the resolution at which it is saved."""
+    canvas = ax.get_figure(root=True)
+    assert canvas is not None
+    canvas.set_dpi(WIDTH_PX / canvas.get_figwidth())
+    canvas.draw_without_rendering()
+    return canvas
+
+
+def all_plots(rng: np.random.Generator) -> dict[str, Axes]:
+    truth = rng.choice(STATES, N)
+    predicted = np.where(rng.random(N) < 0.8, truth, rng.choice([*STATES, "unknown"], N))
+    table = pd.DataFrame(rng.integers(0, 50, (9, 12)), index=[f"study_P{i}_day 14" for i in range(9)], columns=STATES)
+    scores = pd.DataFrame(rng.random((N, 8)), columns=[f"exhaustion, list of study {i} (2017)" for i in range(8)])
+    history = pd.DataFrame({"epoch": range(5), "train_loss": range(9, 4, -1), "validation_loss": range(10, 5, -1)})
+    return {
+        "umap": plot_umap(rng.normal(size=(N, 2)), predicted, "Cells " * 30, order=STATES),
+        "umap of many": plot_umap(rng.normal(size=(N, 2)), [f"sample_{i % 30}_of_the_study" for i in range(N)], "x"),
+        "confusion": plot_confusion(truth, predicted, STATES, title="Predicted against true state of cells " * 5),
+        "composition": plot_composition(table, order=STATES, n_cells=table.sum(axis=1)),
+        "loss": plot_loss(history.assign(macro_f1=0.5)),
+        "signatures": plot_signatures_by_state(scores, predicted, order=STATES),
+    }
+
+
+def test_nothing_is_clipped_and_labels_do_not_overlap(rng: np.random.Generator) -> None:
+    for name, ax in all_plots(rng).items():
+        canvas = drawn(ax)
+        for text in texts(ax):
+            box = text.get_window_extent()
+            inside = box.x0 >= 0 and box.y0 >= 0 and box.x1 <= canvas.bbox.x1 and box.y1 <= canvas.bbox.y1
+            assert inside, f"{name}: {text.get_text()!r} is clipped at {box}"
+        legend = ax.get_legend()
+        labels = [*ax.get_yticklabels(), *(legend.get_texts() if legend else [])]
+        boxes = [t.get_window_extent() for t in labels if t.get_text()]
+        overlapping = [(i, j) for i, a in enumerate(boxes) for j, b in enumerate(boxes[:i]) if a.overlaps(b)]
+        assert not overlapping, f"{name}: {overlapping}"
+        if legend is not None:
+            inner = ax.get_window_extent()
+            assert all(not inner.overlaps(t.get_window_extent()) for t in legend.get_texts()), f"{name}: legend on data"
+
+
+def test_png_is_1200_pixels_wide_and_the_same_each_time(rng: np.random.Generator, tmp_path: Path) -> None:
+    categories = rng.choice(STATES, N)
+    first, second = (
+        save(plot_umap(np.ones((N, 2)), categories, "Cells"), tmp_path / f"{name}.png") for name in ("a", "b")
+    )
+    assert struct.unpack(">I", first.read_bytes()[16:20]) == (1200,)
+    assert first.read_bytes() == second.read_bytes()
+    assert sorted(tmp_path.iterdir()) == [first, second]
+
+
+def test_pyplot_is_never_touched() -> None:
+    assert plot_loss(pd.DataFrame({"step": [1], "train_loss": [1.0]})).get_xlabel() == "Step"
+    if "matplotlib.pyplot" in sys.modules:
+        assert sys.modules["matplotlib.pyplot"].get_fignums() == []
+
+
+def test_plots_draw_into_the_axes_they_are_given(rng: np.random.Generator) -> None:
+    axes = Canvas(layout="constrained").subplots(1, 5)
+    frame = pd.DataFrame(rng.random((4, 2)), columns=["a", "b"])
+    history = pd.DataFrame({"epoch": [0, 1], "train_loss": [2.0, 1.0], "validation_loss": [2.0, 1.5]})
+    assert plot_umap(frame.to_numpy(), list("xyxy"), "t", ax=axes[0]) is axes[0]
+    assert plot_confusion(list("xyxy"), list("xxyy"), ax=axes[1]) is axes[1]
+    assert plot_composition(frame, ax=axes[2]) is axes[2]
+    assert plot_loss(history, ax=axes[3]) is axes[3]
+    assert plot_signatures_by_state(frame, list("xyxy"), ax=axes[4]) is axes[4]
+
+
+@given(st.lists(st.sampled_from([*STATES, "unknown", "s1", "s2", "s3"]), min_size=1, unique=True))
+def test_every_category_looks_different_and_unknown_is_grey(categories: list[str]) -> None:
+    chosen = styles(categories)
+    assert list(chosen) == categories
+    assert len({(s.colour, s.marker) for s in chosen.values()}) == len(categories)
+    assert len({(s.colour, s.hatch) for s in chosen.values()}) == len(categories)
+    assert all((s.colour == GREY) == (c == "unknown") for c, s in chosen.items())
+
+
+def test_umap_counts_cells_and_keeps_colours_by_order() -> None:
+    xy = np.arange(8.0).reshape(4, 2)
+    ax = plot_umap(xy, pd.Series(["b", None, "b", "c"], dtype=object), "t", order=["a", "b", "c"])
+    legend = ax.get_legend()
+    assert legend is not None
+    assert [t.get_text() for t in legend.get_texts()] == ["a (0)", "b (2)", "c (1)", "unlabelled (1)"]
+    (dots,) = ax.collections
+    colour = {
+        tuple(p): to_hex(c).upper() for p, c in zip(dots.get_offsets().tolist(), dots.get_facecolors(), strict=True)
+    }
+    style = styles(["a", "b", "c"])
+    assert [colour[tuple(p)] for p in xy.tolist()] == [style["b"].colour, GREY, style["b"].colour, style["c"].colour]
+    assert colour[tuple(dots.get_offsets().tolist()[0])] == GREY  # drawn first, below the others
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("abcu")), min_size=1, max_size=60))
+def test_confusion_rows_are_shares_of_the_truth(pairs: list[tuple[str, str]]) -> None:
+    truth, predicted = zip(*pairs, strict=True)
+    ax = plot_confusion(truth, predicted, ["c", "a", "b"])
+    shares = np.asarray(ax.images[0].get_array())
+    columns = ["c", "a", "b", *(["u"] if "u" in predicted else [])]
+    assert shares.shape == (3, len(columns))
+    assert [t.get_text() for t in ax.get_xticklabels()] == columns
+    for row, name in zip(shares, ["c", "a", "b"], strict=True):
+        called = [p for t, p in pairs if t == name]
+        expected = [called.count(c) / max(len(called), 1) for c in columns]
+        np.testing.assert_allclose(row, expected)
+    printed = {t.get_position(): t.get_text() for t in ax.texts}
+    assert sum(int(t.split("\n")[1]) for t in printed.values() if t) == len(pairs)
+
+
+def test_composition_scales_counts_and_keeps_order() -> None:
+    table = pd.DataFrame({"x": [1, 0], "y": [3, 0], "unknown": [4, 0]}, index=["s1", "empty"])
+    ax = plot_composition(table, order=["y", "x"], n_cells=table.sum(axis=1))
+    widths = [[bar.get_width() for bar in bars] for bars in ax.containers]
+    assert widths == [[0.375, 0.0], [0.125, 0.0], [0.5, 0.0]]
+    assert [bar[0].get_x() for bar in ax.containers] == [0.0, 0.375, 0.5]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["s1 (8)", "empty (0)"]
+    np.testing.assert_array_equal(table["x"], [1, 0])
+
+
+def test_loss_bridges_the_gaps_of_a_logger_and_adds_macro_f1() -> None:
+    gap = np.nan
+    history = pd.DataFrame(
+        {
+            "epoch": [0, 0, 1, 1],
+            "train_loss": [5, gap, 4, gap],
+            "validation_loss": [gap, 6, gap, 5],
+            "macro_f1": [gap, 0.2, gap, 0.4],
+        }
+    )
+    ax = plot_loss(history)
+    right = next(a for a in ax.get_figure().axes if a is not ax)  # type: ignore[union-attr]
+    assert [list(line.get_ydata()) for line in (*ax.lines, *right.lines)] == [[5, 4], [6, 5], [0.2, 0.4]]
+    assert [list(line.get_xdata()) for line in ax.lines] == [[0, 1], [0, 1]]
+    legend = ax.get_legend()
+    assert legend is not None
+    assert len(legend.get_texts()) == 3
+
+
+def test_signatures_show_the_mean_per_state_and_survive_a_flat_one() -> None:
+    scores = pd.DataFrame({"up": [1.0, 3.0, 0.0], "flat": [0.5, 0.5, 0.5]})
+    ax = plot_signatures_by_state(scores, ["b", "b", "a"], order=["b", "a", "nobody"])
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["b (2)", "a (1)"]
+    assert [t.get_text() for t in ax.texts] == ["2.00", "0.50", "0.00", "0.50"]
+    np.testing.assert_allclose(np.asarray(ax.images[0].get_array()), [[1, 0], [-1, 0]])
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and all text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+NASTY = "<script>alert('x')</script> & \"quoted\""
+
+
+def test_index_shows_everything_and_escapes_every_value(tmp_path: Path) -> None:
+    (tmp_path / "a b#1.png").write_bytes(b"png")
+    frame = pd.DataFrame({NASTY: [0.12345, np.nan], "n": [3, 4]}, index=pd.Index([NASTY, "s2"], name=NASTY))
+    path = write_index(
+        tmp_path,
+        NASTY,
+        [Figure("a b#1.png", NASTY, NASTY)],
+        [Table(NASTY, frame, NASTY)],
+        [Number("0.87" + NASTY, NASTY, NASTY)],
+        introduction=NASTY,
+    )
+    assert path == tmp_path / "index.html"
+    html = path.read_text(encoding="utf-8")
+    page = Page(html)
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert "".join(page.words).count(NASTY) == 13
+    (image,) = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert image["src"] == "a%20b%231.png"
+    assert image["alt"] == f"{NASTY}. {NASTY}"
+    assert "0.123" in page.words
+    assert "nan" not in html
+    assert sum(tag == "td" for tag, _ in page.tags) == 4
+
+
+def test_index_needs_no_network_and_knows_light_and_dark(tmp_path: Path) -> None:
+    html = write_index(tmp_path, "Demo", []).read_text(encoding="utf-8")
+    assert "http" not in html
+    assert "prefers-color-scheme: dark" in html
+    assert {tag for tag, _ in Page(html).tags} == {"html", "head", "meta", "title", "style", "body", "h1"}
+
+
+def test_index_names_the_figures_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ReadError, match=r"lacks x\.png, y\.png; save the figures"):
+        write_index(tmp_path, "Demo", [Figure("x.png", "X", ""), Figure("y.png", "Y", "")])
+    assert not (tmp_path / "index.html").exists()
