@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# The whole job on simulated studies, on a fresh machine too: bash scripts/demo.sh [section.key=value ...]
+# The whole job on simulated studies, on a fresh machine too: bash scripts/demo.sh [arguments for carvae demo]
+# Relative paths among the arguments are taken from the repository's root.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-output=demo
+out=demo previous=""
 for argument in "$@"; do
-    case "$argument" in output=*) output="${argument#output=}" ;; esac
+    case "$argument" in --out=*) out="${argument#--out=}" ;; esac
+    if [ "$previous" = --out ]; then out="$argument"; fi
+    previous="$argument"
 done
 carvae demo "$@" </dev/null
-for page in "$output"/index.*; do
-    say "carvae: the demo took $SECONDS s with set-up; look at $(cd "$output" && pwd)/${page##*/}"
-done
+if [ -e "$out/index.html" ]; then
+    say "carvae: the demo took $SECONDS s with set-up; look at $(cd "$out" && pwd)/index.html"
+fi

@@ -1,12 +1,12 @@
 # Sourced by demo.sh and test.sh: goes to the repository's root, makes .venv there or brings it up to date,
-# and puts its commands first on PATH. Needs bash and Python 3.11 or newer (CARVAE_PYTHON names one).
+# and puts its commands first on PATH. Needs bash and Python 3.11 to 3.14 (CARVAE_PYTHON names one).
 set -euo pipefail
+unset CDPATH PYTHONHOME PYTHONPATH PIP_USER PIP_TARGET PIP_PREFIX
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 say() { printf '%s\n' "$*"; }
 stop() { say "carvae: $*" >&2; exit 1; }
 
-unset PYTHONHOME PYTHONPATH PIP_USER PIP_TARGET PIP_PREFIX
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" MKL_NUM_THREADS="${MKL_NUM_THREADS:-1}"
 export NUMBA_NUM_THREADS="${NUMBA_NUM_THREADS:-1}" MPLBACKEND=Agg
 if [ ! -t 1 ]; then
@@ -17,10 +17,10 @@ fi
 # Sets $python and $version to the first Python that can do the job, or stops with the reason.
 find_python() {
     local name reason="no Python was found"
-    for name in ${CARVAE_PYTHON:+"$CARVAE_PYTHON"} python3.11 python3.12 python3.13 python3; do
+    for name in ${CARVAE_PYTHON:+"$CARVAE_PYTHON"} python3.11 python3.12 python3.13 python3.14 python3; do
         # A command may exist and not run, as pyenv's shims do.
         version="$("$name" -c 'import platform; print(platform.python_version())' </dev/null 2>/dev/null)" || continue
-        if ! "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' </dev/null; then
+        if ! "$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' </dev/null; then
             reason="$name is Python $version"
         elif ! "$name" -c 'import ensurepip, venv' </dev/null 2>/dev/null; then
             reason="$name is Python $version without its venv module (Debian, Ubuntu: apt install python${version%.*}-venv)"
@@ -29,24 +29,15 @@ find_python() {
             return
         fi
     done
-    stop "Python 3.11 or newer with venv is needed, but $reason; install one, or name it in CARVAE_PYTHON."
-}
-
-# Exact versions are known for Python 3.11; elsewhere only torch's is held, lest a larger build replace it.
-write_constraints() {
-    case "$version" in
-        3.11.*) cp constraints.txt "$1" ;;
-        *) grep '^torch==' constraints.txt >"$1" ;;
-    esac
+    stop "Python 3.11 to 3.14 with venv is needed, but $reason; install one, or name it in CARVAE_PYTHON."
 }
 
 install() {
-    local known="exact versions of constraints.txt" log=.venv/install.log
-    case "$version" in 3.11.*) ;; *) known="newest versions that fit, as constraints.txt is for Python 3.11" ;; esac
-    say "[3/3] installing carvae and its libraries, $known (minutes at first; log in $log)"
-    write_constraints .venv/constraints.txt
+    local log=.venv/install.log note=""
+    case "$version" in 3.11.*) ;; *) note=", which are tested on Python 3.11 only" ;; esac
+    say "[3/3] installing carvae and its libraries in the versions of constraints.txt$note (minutes at first; log in $log)"
     if ! .venv/bin/python -m pip install --disable-pip-version-check --no-input --progress-bar off \
-        -c .venv/constraints.txt -e '.[test]' </dev/null >"$log" 2>&1; then
+        -c constraints.txt -e '.[test]' </dev/null >"$log" 2>&1; then
         tail -n 15 "$log" >&2
         stop "the installation failed; the whole log is in $PWD/$log."
     fi

@@ -5,12 +5,12 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 failed=()
 check() {
     say "== $*"
-    "$@" </dev/null || failed+=("$1 $2")
+    "$@" </dev/null || failed+=("$*")
 }
 check ruff check
 check ruff format --check
 check mypy carvae
-check python -m pytest "$@"
+check pytest "$@"
 
 if [ ${#failed[@]} -gt 0 ]; then
     stop "FAILED after $SECONDS s: $(printf '%s, ' "${failed[@]}" | sed 's/, $//')."

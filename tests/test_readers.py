@@ -312,6 +312,10 @@ def test_broken_structure_on_disk_is_refused(tmp_path: Path) -> None:
     def endless(file: h5py.File) -> None:
         file["obs/self"] = file["obs"]
 
+    def unknown(file: h5py.File) -> None:
+        file["obs"].attrs["encoding-version"] = "9.0"
+
+    assert "update anndata" in hostile(tmp_path, unknown)
     assert "gene indices outside 0 to 39" in hostile(tmp_path, far)
     assert "gene indices outside 0 to 39" in hostile(tmp_path, negative)
     assert "indptr does not rise" in hostile(tmp_path, shuffled)

@@ -117,6 +117,12 @@ def test_absent_genes_are_left_out_not_counted_as_zero() -> None:
     np.testing.assert_allclose(score(counts, names, PAIR)["up"], want, atol=1e-5)
 
 
+def test_ranks_end_with_the_genes_that_there_are() -> None:
+    counts = simulate(8)
+    want = score(counts, GENES, replace(PAIR, max_rank=len(GENES)))
+    pd.testing.assert_frame_equal(score(counts, GENES, replace(PAIR, max_rank=1500)), want)
+
+
 def test_a_signature_of_low_genes_alone_is_not_scored() -> None:
     only_down = [name for name in GENES if name not in PAIR["both"].genes]
     eager = replace(PAIR, min_present=0.1)
@@ -184,7 +190,7 @@ def test_unclear_cells_stay_missing() -> None:
     scores.loc[3, "exhaustion"] = 0.6
     scores.loc[3, "regulatory"] = np.nan  # one competitor could not be scored
     scores.loc[4, "exhaustion"] = 0.6
-    scores.loc[5:8, "effector_cytotoxic"] = 0.6  # as widely spread as exhaustion
+    scores.loc[5:6, "effector_cytotoxic"] = 0.6  # as widely spread as exhaustion
     assert nodes_of(scores, "state")[:5] == [None, None, None, None, "exhausted"]
 
 
@@ -205,6 +211,13 @@ def test_z_scores_are_taken_within_the_sample() -> None:
     assert found[60] == "exhausted"
     separate = nodes_of(scores.iloc[60:].reset_index(drop=True), "state")
     assert found[60:] == separate
+
+
+def test_a_high_score_that_is_common_in_the_sample_is_not_enough() -> None:
+    scores = pd.DataFrame(0.0, index=range(101), columns=list(PACKAGED.names))
+    scores["exhaustion"] = np.linspace(0.3, 0.6, 101)
+    z = (scores["exhaustion"] - scores["exhaustion"].mean()) / scores["exhaustion"].std(ddof=0)
+    assert nodes_of(scores, "state") == ["exhausted" if value >= 1.0 else None for value in z]
 
 
 def test_a_small_sample_gets_no_label_that_needs_a_z_score() -> None:

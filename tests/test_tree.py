@@ -79,12 +79,14 @@ def test_roll_up_sums_leaves(seed: int, n_cells: int) -> None:
 
 
 def test_deepest_sure_node() -> None:
-    probability_NS = np.zeros((4, 8))
+    probability_NS = np.zeros((5, 8))
     probability_NS[0, 7] = 0.9  # a sure leaf
     probability_NS[1, [5, 6]] = 0.45  # sure only of the inner node
     probability_NS[2] = 1 / 8  # sure of nothing
-    probability_NS[3, [3, 4]] = 0.3, 0.5  # leaf below, inner node above the threshold
-    assert TREE["state"].deepest_sure(probability_NS, 0.7) == ["regulatory", "exhausted", None, "effector"]
+    probability_NS[3, [3, 4]] = 0.3, 0.5  # the leaf below the threshold, the inner node above it
+    probability_NS[4, [5, 6]] = 0.8, 0.1  # leaf and inner node above the threshold
+    want = ["regulatory", "exhausted", None, "effector", "progenitor exhausted"]
+    assert TREE["state"].deepest_sure(probability_NS, 0.7) == want
 
 
 def test_carpall_labels_allow_what_the_mapping_says() -> None:

@@ -127,7 +127,11 @@ def _frame(root: Node, key: str, where: str) -> pd.DataFrame:
         check_values(index, f"{where}/{key} index", complete=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", OldFormatWarning)  # what an R writer leaves out does no harm here
-        table = read_elem(group)
+        try:
+            table = read_elem(group)
+        except Exception as error:  # anndata's error for an unknown encoding is private
+            seen = " ".join(str(error).split())[:200]
+            raise ReadError(f"{where}/{key} cannot be read ({seen}); write it again, or update anndata") from error
     if not isinstance(table, pd.DataFrame):
         raise ReadError(f"{where}/{key} is not a table; write it again by anndata")
     return table

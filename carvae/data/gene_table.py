@@ -22,7 +22,6 @@ from carvae.errors import GeneError
 
 TABLES = Path(__file__).parent / "tables"
 
-
 _ENSEMBL = re.compile(r"(?:^|[^A-Za-z0-9])(ENSG\d{11})(?!\d)")
 _GENOME = re.compile(r"^(?:GRCh3[78]|hg19|hg38)[_-]+(?=.)")
 _UNIQUE = re.compile(r"^(.+)[-.][1-9]\d?$")
@@ -164,11 +163,13 @@ class GeneTable:
         spellings = []
         if genome := _GENOME.match(name):
             spellings.append(name[genome.end() :])
-        if "." in name:  # R's make.names
-            spellings.append(name.replace(".", "-"))
+        hyphened = name.replace(".", "-")  # R's make.names writes HLA.A
+        if hyphened in self.symbols:
+            spellings.append(hyphened)
         # var_names_make_unique numbers repeats; the base of an alias must stand beside it, for IL-2 is not a second IL
         if (numbered := _UNIQUE.match(name)) and (numbered[1] in self.symbols or numbered[1] in given):
             spellings.append(numbered[1])
+        spellings.append(hyphened)
         return spellings
 
 

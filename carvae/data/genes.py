@@ -6,6 +6,7 @@ The names themselves are in ``gene_table``, the groups that the encoder never se
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -126,7 +127,8 @@ def align(resolved: ResolvedGenes, panel: Names) -> GeneAlignment:
     """
     position = {symbol: number for number, symbol in enumerate(panel)}
     if len(position) != len(panel):
-        raise GeneError(f"the gene panel names {len(panel) - len(position)} genes more than once; name each once")
+        again = sorted(symbol for symbol, times in Counter(panel).items() if times > 1)
+        raise GeneError(f"the gene panel names genes more than once ({_some(again)}); name each once")
     column = np.fromiter((position.get(symbol, -1) for symbol in resolved.symbols), np.int64, len(resolved.symbols))
     rows = np.flatnonzero(column >= 0).astype(np.int64)
     times = np.bincount(column[rows], minlength=len(panel))

@@ -19,8 +19,9 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from carvae.errors import LabelError, join_problems
+from carvae.labels.axis import Axis
 from carvae.labels.read import entries, nearest, read_yaml, repeated, texts, wrong_keys
-from carvae.labels.tree import Axis, AxisLabels, EncodedLabels, LabelTree, encode_nodes
+from carvae.labels.tree import AxisLabels, EncodedLabels, LabelTree, encode_nodes
 
 BLOCK = 2048
 """Cells ranked at a time; bounds the memory beside the caller's counts."""
@@ -185,7 +186,7 @@ def score(counts: sp.spmatrix | sp.sparray, genes: Sequence[str], signatures: Si
     scores = np.full((matrix.shape[0], len(signatures.items)), np.nan, dtype=np.float32)
     columns = [signatures.names.index(name) for name in able]
     for start in range(0, matrix.shape[0] if able else 0, BLOCK):
-        block = matrix[start : start + BLOCK].astype(np.float32)  # a copy; unsigned counts would not rank downwards
+        block = matrix[start : start + BLOCK]
         merged = block @ merge if len(unique) < len(column_of) else block
         part = _ucell(merged, unique, [signatures[name] for name in able], signatures.max_rank)
         part[np.asarray(block.sum(axis=1)).ravel() == 0] = np.nan

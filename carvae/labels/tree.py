@@ -19,57 +19,25 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from carvae.errors import LabelError, join_problems
+from carvae.labels.axis import RESERVED, TWO, Axis, axis_spec, parse_axis
 from carvae.labels.read import entries, nearest, read_yaml, repeated, texts, wrong_keys
 
-RESERVED = "unknown"
-"""What carvae itself calls a cell without a sure label; no node may bear this name."""
+__all__ = [
+    "NOT_A_LABEL",
+    "RESERVED",
+    "Axis",
+    "AxisLabels",
+    "EncodedLabels",
+    "LabelTree",
+    "Mapping",
+    "concatenate",
+    "encode",
+    "encode_nodes",
+    "prune",
+]
+
 NOT_A_LABEL = frozenset({"", "nan", "NaN", "NA", "<NA>", "None"})
 """How files write a missing label as text; always missing."""
-TWO = 2
-"""Answers that a question needs: with one there is nothing to tell apart."""
-
-
-@dataclass(frozen=True, slots=True)
-class Axis:
-    """One independent question about a cell, and its possible answers.
-
-    Attributes
-    ----------
-    leaves
-        The finest answers, in the order of the model's classes.
-    nodes
-        Every node, parents before children -> indices of the leaves below it (a leaf: its own).
-    parents
-        Every node -> its parent, None at the top.
-    descriptions
-        Every node -> one line about it.
-    """
-
-    name: str
-    description: str
-    leaves: tuple[str, ...]
-    nodes: dict[str, tuple[int, ...]]
-    parents: dict[str, str | None]
-    descriptions: dict[str, str]
-
-    def roll_up(self, probability_NS: NDArray[np.floating]) -> NDArray[np.floating]:
-        """Probability of every node, shape (N, D), columns as in ``nodes``: the sum over the leaves below it."""
-        return np.stack([probability_NS[:, list(below)].sum(axis=1) for below in self.nodes.values()], axis=1)
-
-    def deepest_sure(self, probability_NS: NDArray[np.floating], threshold: float) -> list[str | None]:
-        """The node with fewest leaves at or above ``threshold`` for each cell (ties: the likelier); else None."""
-        node_ND = self.roll_up(probability_NS)
-        breadth_D = np.array([len(below) for below in self.nodes.values()])
-        # A probability is at most 1, so two per leaf puts breadth before probability.
-        rank_ND = np.where(node_ND >= threshold, node_ND - 2.0 * breadth_D, -np.inf)
-        names = list(self.nodes)
-        best_N = rank_ND.argmax(axis=1)
-        sure_N = rank_ND.max(axis=1) > -np.inf
-        return [names[best] if sure else None for best, sure in zip(best_N.tolist(), sure_N.tolist(), strict=True)]
-
-    def children(self, node: str | None) -> list[str]:
-        """Nodes directly below ``node``; the top nodes for None."""
-        return [name for name, parent in self.parents.items() if parent == node]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +68,7 @@ class LabelTree:
     def from_dict(cls, spec: dict[str, Any], source: str = "label tree") -> LabelTree:
         """Return the tree that ``to_dict`` or a YAML file describes; raises LabelError naming every fault."""
         problems = wrong_keys(spec, {"name", "axes"}, "the tree")
-        axes = [_parse_axis(entry, problems) for entry in entries(spec.get("axes"), "axes", problems)]
+        axes = [parse_axis(entry, problems) for entry in entries(spec.get("axes"), "axes", problems)]
         problems += [f"there is more than one axis {name!r}; rename one" for name in repeated(a.name for a in axes)]
         nodes = [node for axis in axes for node in axis.nodes]
         problems += [f"node {name!r} is in more than one axis; rename one" for name in repeated(nodes)]
@@ -112,7 +80,7 @@ class LabelTree:
 
     def to_dict(self) -> dict[str, Any]:
         """The tree as lists, strings and dictionaries for JSON; ``from_dict`` gives back an equal tree."""
-        return {"name": self.name, "axes": [_axis_spec(axis) for axis in self.axes]}
+        return {"name": self.name, "axes": [axis_spec(axis) for axis in self.axes]}
 
     def __getitem__(self, axis: str) -> Axis:
         for candidate in self.axes:
@@ -315,7 +283,7 @@ def prune(tree: LabelTree, labels: EncodedLabels) -> tuple[LabelTree, EncodedLab
         if not old.contrasted:
             continue
         spec = {"name": axis.name, "description": axis.description, "nodes": _taught(axis, None, old.allowed)}
-        new = _parse_axis(spec, [])
+        new = parse_axis(spec, [])
         columns = [list(axis.nodes[leaf]) for leaf in new.leaves]
         allowed = np.stack([old.allowed[:, below].any(axis=1) for below in columns], axis=1)
         specs.append(spec)
@@ -370,63 +338,6 @@ def _canonical(axis: str, code: NDArray[np.integer], allowed: NDArray[np.bool_],
     return AxisLabels(axis, new_code, table, weak & (new_code >= 0))
 
 
-def _parse_axis(spec: dict[str, Any], problems: list[str]) -> Axis:
-    name = _parse_name(spec, "an axis", problems)
-    problems += wrong_keys(spec, {"name", "description", "nodes"}, f"axis {name!r}")
-    axis = _Draft([], {}, {}, {})
-    axis.add(entries(spec.get("nodes"), f"`nodes` of axis {name!r}", problems), None, name, problems)
-    return Axis(
-        name=name,
-        description=str(spec.get("description", "")),
-        leaves=tuple(axis.leaves),
-        nodes={node: tuple(below) for node, below in axis.nodes.items()},
-        parents=axis.parents,
-        descriptions=axis.descriptions,
-    )
-
-
-@dataclass(slots=True)
-class _Draft:
-    """An axis as it is being read."""
-
-    leaves: list[str]
-    nodes: dict[str, list[int]]
-    parents: dict[str, str | None]
-    descriptions: dict[str, str]
-
-    def add(self, specs: list[dict[str, Any]], parent: str | None, where: str, problems: list[str]) -> list[int]:
-        """Add the nodes below ``parent`` and return the leaves below them."""
-        if len(specs) < TWO:
-            found = f"one node, {specs[0].get('name')!r}," if specs else "no node"
-            problems.append(f"{where!r} has {found} where at least two are needed to tell cells apart")
-        below: list[int] = []
-        for spec in specs:
-            node = _parse_name(spec, f"a node of {where!r}", problems)
-            problems += wrong_keys(spec, {"name", "description", "nodes"}, f"node {node!r}")
-            if node in self.nodes:
-                problems.append(f"node {node!r} occurs more than once; rename one")
-                continue
-            mine = self.nodes[node] = []
-            self.parents[node], self.descriptions[node] = parent, str(spec.get("description", ""))
-            if "nodes" in spec:
-                children = entries(spec["nodes"], f"`nodes` of {node!r}", problems)
-                mine += self.add(children, node, node, problems)
-            else:
-                mine.append(len(self.leaves))
-                self.leaves.append(node)
-            below += mine
-        return below
-
-
-def _parse_name(spec: dict[str, Any], what: str, problems: list[str]) -> str:
-    name = spec.get("name", "")
-    if not isinstance(name, str) or not name.strip():
-        problems.append(f"{what} has no name (found {name!r})")
-    elif name.casefold() == RESERVED:
-        problems.append(f"{what} is called {name!r}, which carvae calls cells without a sure label; list it as missing")
-    return str(name)
-
-
 def _parse_target(label: str, target: object, problems: list[str]) -> dict[str, tuple[str, ...]]:
     if not isinstance(target, dict) or not target:
         problems.append(
@@ -436,17 +347,6 @@ def _parse_target(label: str, target: object, problems: list[str]) -> dict[str, 
     nodes = {str(axis): texts(value) for axis, value in target.items()}
     problems += [f"label {label!r} names no node on axis {axis!r}" for axis, found in nodes.items() if not found]
     return nodes
-
-
-def _axis_spec(axis: Axis) -> dict[str, Any]:
-    def below(parent: str | None) -> list[dict[str, Any]]:
-        specs = []
-        for node in axis.children(parent):
-            spec: dict[str, Any] = {"name": node, "description": axis.descriptions[node]}
-            specs.append(spec | ({"nodes": children} if (children := below(node)) else {}))
-        return specs
-
-    return {"name": axis.name, "description": axis.description, "nodes": below(None)}
 
 
 def _taught(axis: Axis, parent: str | None, allowed: NDArray[np.bool_]) -> list[dict[str, Any]]:
