@@ -88,9 +88,7 @@ def main() -> None:
         _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
 
 
-def _predict(
-    query: Path, model: Path, out: Path, overrides: list[str] | None, quiet: bool, *, label: bool
-) -> None:
+def _predict(query: Path, model: Path, out: Path, overrides: list[str] | None, quiet: bool, *, label: bool) -> None:
     settings = _start(quiet, None, overrides)
     from carvae.data.results import check_output
     from carvae.predict import run

@@ -99,8 +99,9 @@ class ModelConfig(Section):
     """Distribution of the counts."""
     covariates: tuple[str, ...] = ("sample",)
     """Covariates corrected for: one embedding table each, in the decoder alone."""
-    head_hidden: int = Field(0, ge=0)
-    """Width of the state head's hidden layer; 0 for a linear head."""
+    label_sharing: Fraction = 0.9
+    """How far labels share what is learned with those that share a word of their name or a node of the tree: at 1
+    they differ by shared parts alone where those suffice, at 0 each also has all of its own."""
     head_dropout: Fraction = 0.0
     """Dropout on what the state head reads."""
 
@@ -231,10 +232,11 @@ def packaged(relative: str) -> Path:
         There is no such file.
     """
     here = Path(__file__).resolve().parent
-    for root in (here / "configs", here.parent / "configs"):
+    roots = (here / "configs", here.parent / "configs")
+    for root in roots:
         if (root / relative).exists():
             return root / relative
-    known = sorted(p.stem for root in (here / "configs", here.parent / "configs") for p in root.glob(f"{Path(relative).parent}/*.yaml"))
+    known = sorted(p.stem for root in roots for p in (root / relative).parent.glob("*.yaml"))
     raise ConfigError(f"there is no packaged file {relative!r}; known here: {', '.join(known) or 'none'}")
 
 
@@ -252,7 +254,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"config file {str(path)!r} does not exist; see configs/reference.yaml for an example") from None
+        raise ConfigError(
+            f"config file {str(path)!r} does not exist; see configs/reference.yaml for an example"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if settings is None:

@@ -33,6 +33,7 @@ from carvae.model.cohort import LABEL, SCORE
 
 log = logging.getLogger(__name__)
 
+
 @dataclass(slots=True)
 class _Part:
     """One opened file of a study, its cells' contract columns, and which of them stay."""
@@ -119,16 +120,14 @@ def _open_all(config: IngestConfig) -> list[_Part]:
     if problems:
         raise ReadError(problems[0] if len(problems) == 1 else join_problems("studies cannot be read", problems))
     raw = {name: pd.concat([source.obs for source in opened]) for name, opened in sources.items()}
-    harmonised = [
-        inspect_obs(raw[name], name, study.obs, study.constants) for name, study in config.studies.items()
-    ]
+    harmonised = [inspect_obs(raw[name], name, study.obs, study.constants) for name, study in config.studies.items()]
     check_studies(harmonised)
     parts: list[_Part] = []
-    for study in harmonised:
-        for note in study.notes:
+    for found in harmonised:
+        for note in found.notes:
             log.info("%s", note)
-        obs = study.obs.assign(**{LABEL: _label(raw[study.study], study.study, config.studies[study.study])})
-        parts += _parts(study.study, sources[study.study], obs)
+        obs = found.obs.assign(**{LABEL: _label(raw[found.study], found.study, config.studies[found.study])})
+        parts += _parts(found.study, sources[found.study], obs)
     return _without(config.exclude_patients, parts)
 
 
@@ -212,7 +211,7 @@ def _columns(symbols: NDArray[np.object_], target: NDArray[np.object_]) -> sp.cs
 
 
 def _measured(parts: Sequence[_Part], studies: Sequence[str], universe: NDArray[np.object_]) -> NDArray[np.bool_]:
-    """bool [n_studies, universe]: genes that every file of the study holds."""
+    """Bool [n_studies, universe]: genes that every file of the study holds."""
     measured = np.zeros((len(studies), len(universe)), np.bool_)
     for row, study in enumerate(studies):
         held = [np.isin(universe, part.genes.symbols) for part in parts if part.study == study]
@@ -220,9 +219,7 @@ def _measured(parts: Sequence[_Part], studies: Sequence[str], universe: NDArray[
     return measured
 
 
-def _write_part(
-    writer: StoreWriter, part: _Part, panel: Panel, signatures: Signatures | None, chunk_size: int
-) -> None:
+def _write_part(writer: StoreWriter, part: _Part, panel: Panel, signatures: Signatures | None, chunk_size: int) -> None:
     spread = _columns(part.genes.symbols, np.array(panel.genes, dtype=object))
     start = 0
     for chunk in part.source.chunks(chunk_size):
@@ -232,7 +229,7 @@ def _write_part(
         if not keep.any():
             continue
         if signatures is not None:
-            scores = score(chunk[keep], part.genes.symbols, signatures)
+            scores = score(chunk[keep], [str(s) for s in part.genes.symbols], signatures)
             obs = obs.assign(**{f"{SCORE}{name}": scores[name].to_numpy() for name in scores})
         writer.append((chunk[keep] @ spread).tocsr().astype(np.int64), obs)
 
@@ -255,4 +252,7 @@ def _receipt(parts: Sequence[_Part], panel: Panel) -> dict[str, Any]:
                 "panel_genes_missing": sorted(genes - known),
             }
         )
-    return {"studies": studies, "panel": {"variable": panel.n_variable, "signature": panel.n_signature, "excluded": panel.excluded}}
+    return {
+        "studies": studies,
+        "panel": {"variable": panel.n_variable, "signature": panel.n_signature, "excluded": panel.excluded},
+    }

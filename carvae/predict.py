@@ -192,7 +192,7 @@ def _sample_table(cells: pd.DataFrame, states: Sequence[str]) -> pd.DataFrame:
 
     Fractions and means are over the cells used, those that are not ``unknown``.
     """
-    state = next(c for c in cells if c.startswith("carvae_"))
+    state = next(c for c in map(str, cells) if c.startswith("carvae_"))
     rows = []
     for sample, group in cells.groupby("sample", sort=True):
         used = group[group[state] != RESERVED]
@@ -201,7 +201,7 @@ def _sample_table(cells: pd.DataFrame, states: Sequence[str]) -> pd.DataFrame:
         row["mean_confidence"] = float(used["carvae_confidence"].mean())
         row |= {f"fraction {name}": float((used[state] == name).mean()) for name in states}
         row |= {f"fraction {name}": float(used[name].mean()) for name in _marker_columns() if name in used}
-        scores = [c for c in used if c.startswith("carvae_score_")]
+        scores = [c for c in map(str, used) if c.startswith("carvae_score_")]
         row |= {f"mean {c.removeprefix('carvae_')}": float(used[c].mean()) for c in scores}
         rows.append(row)
     return pd.DataFrame(rows)

@@ -22,7 +22,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
@@ -202,23 +201,15 @@ def plot_composition(
     ax = ax or _new_axes(height=float(np.clip(1.6 + 0.3 * len(table), 3.2, 40.0)))
     position, left = np.arange(len(table)), np.zeros(len(table))
     for (state, style), width in zip(styles(shown).items(), share.T, strict=True):
-        ax.barh(
-            position, width, left=left, height=0.8, color=style.colour, hatch=style.hatch, edgecolor="white",
-            linewidth=0.6, label=_wrapped(state),
-        )  # fmt: skip
+        look = {"color": style.colour, "hatch": style.hatch, "edgecolor": "white", "linewidth": 0.6}
+        ax.barh(position, width, left=left, height=0.8, label=_wrapped(state), **look)
         left += width
     names = [str(s) if n_cells is None else f"{s} ({int(n_cells.loc[s]):,})" for s in table.index]
     ax.set_yticks(position, [_wrapped(name, 34) for name in names])
     ax.set(xlim=(0, 1), ylim=(len(table) - 0.4, -0.6), xlabel="Share of cells")
     ax.set_ylabel("Sample" if n_cells is None else "Sample (cells)")
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
-    _legend_beside(
-        ax,
-        [
-            Patch(facecolor=s.colour, hatch=s.hatch, edgecolor="white", label=_wrapped(c))
-            for c, s in styles(shown).items()
-        ],
-    )
+    _legend_beside(ax, ax.containers)
     return _finish(ax, title)
 
 
@@ -230,12 +221,8 @@ def plot_loss(history: pd.DataFrame, title: str = "Training", ax: Axes | None = 
     """
     ax = ax or _new_axes(height=4.4)
     time = "epoch" if "epoch" in history else "step"
-    lines: list[Line2D] = []
-    for column, style in (
-        ("train_loss", ("training loss", EIGHT_COLOURS[0], "-")),
-        ("validation_loss", ("held-out loss", EIGHT_COLOURS[5], "--")),
-    ):
-        lines += _line(ax, history, time, column, style)
+    lines = _line(ax, history, time, "train_loss", ("training loss", EIGHT_COLOURS[0], "-"))
+    lines += _line(ax, history, time, "validation_loss", ("held-out loss", EIGHT_COLOURS[5], "--"))
     ax.set(xlabel=time.capitalize(), ylabel="Loss (nats per cell)")
     if "macro_f1" in history and history["macro_f1"].notna().any():
         right = ax.twinx()
@@ -279,14 +266,8 @@ def plot_signatures_by_state(
     names = [_name(s, int((state == s).sum())) for s in shown]
     texts = np.array([[f"{value:.2f}" for value in row] for row in means])
     bound = max(float(np.abs(relative).max(initial=0.0)), 1e-6)
-    _heat_map(
-        ax,
-        relative,
-        texts,
-        (names, [str(c) for c in scores.columns]),
-        "Below or above the mean of states (s.d.)",
-        (-bound, bound),
-    )
+    columns = [str(c) for c in scores.columns]
+    _heat_map(ax, relative, texts, (names, columns), "Below or above the mean of states (s.d.)", (-bound, bound))
     ax.set(ylabel="Predicted state (cells)")
     return _finish(ax, title)
 

@@ -15,6 +15,8 @@ import math
 import shutil
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +25,7 @@ from typing import Any
 import lightning.pytorch as lightning
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from numpy.typing import NDArray
 from torch import Tensor
@@ -38,7 +40,7 @@ from carvae.errors import TrainError
 from carvae.ingest import run as ingest
 from carvae.ingest import work_folder
 from carvae.labels.signatures import Signatures
-from carvae.model.bundle import Bundle, Provenance, leaf_counts
+from carvae.model.bundle import Bundle, Provenance, leaf_parts
 from carvae.model.card import write_card
 from carvae.model.cohort import Cohort
 from carvae.model.heads import label_loss
@@ -109,14 +111,13 @@ def fit(cohort: Cohort, split: PatientSplit, config: Config, folder: Path, n_epo
     steps_per_epoch = math.ceil(split.train.size / config.train.batch_size)
     epochs = max(config.train.max_epochs, math.ceil(config.train.min_steps / steps_per_epoch))
     torch.manual_seed(config.seed)
-    network = Network(data.counts.n_genes, cohort.n_categories, leaf_counts(cohort.tree), config.model)
+    network = Network(data.counts.n_genes, cohort.n_categories, leaf_parts(cohort.tree, config.model), config.model)
     network.vae.start_from_moments(*data.counts.rows(torch.from_numpy(split.train)).moments())
     module = Objective(network, data, cohort.allowed(), split, config)
     module.n_steps = epochs * steps_per_epoch
     checkpoints = _checkpoint_folder(folder, cohort, split, config, n_epochs)
     callbacks = _callbacks(checkpoints, held_out=bool(split.validation.size), patience=config.train.patience)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning.*")  # advice on workers and on the number of log steps
+    with _quiet_lightning():
         trainer = lightning.Trainer(
             accelerator={"cuda": "gpu"}.get(config.train.accelerator, config.train.accelerator),
             devices=1,
@@ -250,7 +251,7 @@ class Objective(lightning.LightningModule):
         elbo = self.network.vae.elbo(batch.counts, posterior, z_NK, batch.covariate_NC, batch.unmeasured_NG)
         loss = elbo.loss(kl_weight)
         parts = {"reconstruction": elbo.reconstruction_N.mean(), "kl": elbo.kl_N.mean()}
-        for a, (axis, log_probability_NS) in enumerate(self.network.head(z_NK).items()):
+        for a, (axis, log_probability_NS) in enumerate(self.network.head(posterior.mean_NK).items()):
             allowed_LS = self.get_buffer(f"allowed_{axis}")
             parts[f"label_{axis}"] = label_loss(
                 log_probability_NS, batch.code_NA[:, a], allowed_LS, batch.weight_NA[:, a]
@@ -278,13 +279,21 @@ class Objective(lightning.LightningModule):
         return leaf
 
 
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Keep Lightning's advice and advertisements off the screen; its errors still come."""
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning.*")
+        yield
+
+
 def _hash(seed: int, step: int) -> int:
     return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def _checkpoint_folder(
-    folder: Path, cohort: Cohort, split: PatientSplit, config: Config, n_epochs: int | None
-) -> Path:
+def _checkpoint_folder(folder: Path, cohort: Cohort, split: PatientSplit, config: Config, n_epochs: int | None) -> Path:
     """Folder of this very run's checkpoints; those of another run are gone."""
     settings = config.model_dump(mode="json", include={"model", "train", "labels", "seed", "ingest"})
     run_id = hashlib.sha256(

@@ -44,14 +44,14 @@ class Minibatch:
     code_NA: Tensor
     weight_NA: Tensor
 
-    def to(self, device: torch.device | str, **options: bool) -> Minibatch:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Minibatch:
         """The same cells on another device."""
         return Minibatch(
-            self.counts.to(device, **options),
-            self.covariate_NC.to(device, **options),
-            None if self.unmeasured_NG is None else self.unmeasured_NG.to(device, **options),
-            self.code_NA.to(device, **options),
-            self.weight_NA.to(device, **options),
+            self.counts.to(device, non_blocking=non_blocking),
+            self.covariate_NC.to(device, non_blocking=non_blocking),
+            None if self.unmeasured_NG is None else self.unmeasured_NG.to(device, non_blocking=non_blocking),
+            self.code_NA.to(device, non_blocking=non_blocking),
+            self.weight_NA.to(device, non_blocking=non_blocking),
         )
 
 

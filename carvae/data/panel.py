@@ -15,6 +15,8 @@ from carvae.config import IngestConfig
 from carvae.data.genes import excluded_by_policy
 from carvae.errors import GeneError
 
+MIN_GENES = 10
+"""Fewer genes make no model."""
 MIN_CELLS_PER_BATCH = 50
 """Batches with fewer drawn cells are ranked with the largest: the loess fit of seurat_v3 needs points."""
 
@@ -34,7 +36,7 @@ class Panel:
 
 def choose_panel(
     counts: sp.csr_matrix,
-    batch: Sequence[str],
+    batch: NDArray[np.object_],
     universe: NDArray[np.object_],
     measured: NDArray[np.bool_],
     signature_genes: Sequence[str],
@@ -67,7 +69,7 @@ def choose_panel(
     detected = np.asarray((counts > 0).sum(axis=0)).ravel() >= max(3, counts.shape[0] // 10_000)
     shared = measured.mean(axis=0) >= config.min_study_share
     candidates = np.flatnonzero(allowed & detected & shared)
-    if candidates.size < 10:
+    if candidates.size < MIN_GENES:
         raise GeneError(
             f"only {candidates.size} detected genes are measured by {config.min_study_share:.0%} of the studies; "
             "check that the studies use the same species and identifiers, or lower ingest.min_study_share"
@@ -83,7 +85,7 @@ def choose_panel(
     )
 
 
-def _most_variable(counts: sp.csr_matrix, batch: Sequence[str], n_top: int) -> NDArray[np.intp]:
+def _most_variable(counts: sp.csr_matrix, batch: NDArray[np.object_], n_top: int) -> NDArray[np.intp]:
     """Columns ranked first by scanpy's seurat_v3 within batches."""
     import anndata as ad
     import scanpy as sc
@@ -95,9 +97,14 @@ def _most_variable(counts: sp.csr_matrix, batch: Sequence[str], n_top: int) -> N
     names = names.where(names.map(sizes) >= MIN_CELLS_PER_BATCH, sizes.index[0])
     obs = pd.DataFrame({"batch": names.astype("category").to_numpy()}, index=names.index.astype(str))
     drawn = ad.AnnData(counts.astype(np.float32), obs=obs)
+    batch_key = "batch" if names.nunique() > 1 else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scanpy warns about its own use of pandas
         table = sc.pp.highly_variable_genes(
-            drawn, flavor="seurat_v3", n_top_genes=n_top, batch_key="batch" if names.nunique() > 1 else None, inplace=False
+            drawn,
+            flavor="seurat_v3",
+            n_top_genes=n_top,
+            batch_key=batch_key,
+            inplace=False,
         )
     return np.flatnonzero(table["highly_variable"].to_numpy(dtype=bool))

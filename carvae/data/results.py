@@ -143,13 +143,13 @@ def _write_counts(root: Any, sources: Sequence[CountsSource]) -> None:
     ids = sources[0].gene_ids
     var = pd.DataFrame(index=pd.Index(genes, dtype=object))
     if ids is not None:
-        position = pd.Index(sources[0].genes).get_indexer(genes)
+        position = pd.Index(sources[0].genes).get_indexer(pd.Index(genes))
         var["gene_ids"] = [ids[i] for i in position]
     write_elem(root, "/", AnnData(sp.csr_matrix((0, len(genes)), dtype=np.int32), var=var))
     _write(root, "X", sp.csr_matrix((0, len(genes)), dtype=np.int32))
     counts = sparse_dataset(root["X"])
     for source in sources:
-        columns = pd.Index(source.genes).get_indexer(genes)
+        columns = pd.Index(source.genes).get_indexer(pd.Index(genes))
         same = list(source.genes) == genes
         for chunk in source.chunks():
             counts.append(chunk if same else chunk[:, columns].tocsr())

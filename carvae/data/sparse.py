@@ -79,11 +79,11 @@ class CountsCSR:
         parts = (self.count_M.cpu().numpy(), self.gene_M.cpu().numpy(), self.indptr_N.cpu().numpy())
         return sp.csr_matrix(parts, shape=(self.n_cells, self.n_genes))
 
-    def to(self, device: torch.device | str, **options: bool) -> CountsCSR:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> CountsCSR:
         """The same counts on another device."""
         return CountsCSR(
-            self.indptr_N.to(device, **options),
-            self.gene_M.to(device, **options),
-            self.count_M.to(device, **options),
+            self.indptr_N.to(device, non_blocking=non_blocking),
+            self.gene_M.to(device, non_blocking=non_blocking),
+            self.count_M.to(device, non_blocking=non_blocking),
             self.n_genes,
         )

@@ -40,7 +40,7 @@ def split_patients(
     """
     names = np.array(sorted(set(patient)))
     everyone = np.arange(len(patient), dtype=np.int64)
-    if share == 0 or names.size < 2:
+    if share == 0 or names.size == 1:
         return PatientSplit(everyone, everyone[:0], ())
     size = pd.Series(labelled if labelled.any() else np.ones(len(patient)), index=patient.index)
     per_patient = size.groupby(patient.astype(str)).sum().reindex(names).to_numpy(dtype=float)

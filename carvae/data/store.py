@@ -128,15 +128,6 @@ class StoreWriter:
         array.attrs["categories"] = [str(c) for c in categories]
 
 
-@dataclass(frozen=True, slots=True)
-class PanelCounts:
-    """Panel counts of some cells, compressed by row."""
-
-    indptr: NDArray[np.int64]
-    gene: NDArray[np.int32]
-    count: NDArray[np.float32]
-
-
 class CellStore:
     """A complete store, read only."""
 
@@ -144,19 +135,23 @@ class CellStore:
         self.path = path
         try:
             self._group = zarr.open_group(path, mode="r")
-            attrs = dict(self._group.attrs)
+            attrs: dict[str, Any] = dict(self._group.attrs)
             if attrs["format"] != FORMAT:
-                raise ReadError(f"store {path} has layout {attrs['format']!r}, this carvae reads {FORMAT}; ingest again")
+                raise ReadError(
+                    f"store {path} has layout {attrs['format']!r}, this carvae reads {FORMAT}; ingest again"
+                )
             self.header = StoreHeader(
                 fingerprint=str(attrs["fingerprint"]),
-                genes=tuple(attrs["genes"]),  # type: ignore[arg-type]
-                studies=tuple(attrs["studies"]),  # type: ignore[arg-type]
-                receipt=attrs["receipt"],  # type: ignore[arg-type]
+                genes=tuple(attrs["genes"]),
+                studies=tuple(attrs["studies"]),
+                receipt=attrs["receipt"],
             )
             self.content = str(attrs["content"])
-            self.columns = tuple(attrs["columns"])  # type: ignore[arg-type]
+            self.columns = tuple(str(name) for name in attrs["columns"])
         except (KeyError, OSError, ValueError, TypeError, json.JSONDecodeError) as error:
-            raise ReadError(f"{path} is no complete carvae store ({type(error).__name__}); delete it and ingest again") from None
+            raise ReadError(
+                f"{path} is no complete carvae store ({type(error).__name__}); delete it and ingest again"
+            ) from None
 
     @property
     def n_cells(self) -> int:
@@ -165,7 +160,7 @@ class CellStore:
 
     @property
     def measured(self) -> NDArray[np.bool_]:
-        """bool [n_studies, G], which panel genes each study measured."""
+        """Bool [n_studies, G], which panel genes each study measured."""
         return np.asarray(self._array("measured")[:], dtype=np.bool_)
 
     def obs(self) -> pd.DataFrame:
@@ -173,18 +168,14 @@ class CellStore:
         columns: dict[str, Any] = {}
         for name in self.columns:
             array = self._array(f"obs/{name}")
-            categories = array.attrs.get("categories")
-            values = np.asarray(array[:])
-            columns[name] = values if categories is None else pd.Categorical.from_codes(values, categories)  # type: ignore[arg-type]
+            values: Any = np.asarray(array[:])
+            categories: Any = array.attrs.get("categories")
+            columns[name] = values if categories is None else pd.Categorical.from_codes(values, categories)
         return pd.DataFrame(columns)
 
-    def counts(self) -> PanelCounts:
+    def counts(self) -> sp.csr_matrix:
         """All panel counts in memory."""
-        return PanelCounts(
-            np.asarray(self._array("indptr")[:], dtype=np.int64),
-            np.asarray(self._array("gene")[:]).astype(np.int32),
-            np.asarray(self._array("count")[:]).astype(np.float32),
-        )
+        return next(self.chunks(self.n_cells))
 
     def chunks(self, size: int) -> Iterator[sp.csr_matrix]:
         """Panel counts, ``size`` cells at a time, in order."""
@@ -194,7 +185,9 @@ class CellStore:
             first, last = int(indptr[start]), int(indptr[stop])
             gene = np.asarray(self._array("gene")[first:last]).astype(np.int32)
             count = np.asarray(self._array("count")[first:last]).astype(np.float32)
-            yield sp.csr_matrix((count, gene, indptr[start : stop + 1] - first), shape=(stop - start, len(self.header.genes)))
+            yield sp.csr_matrix(
+                (count, gene, indptr[start : stop + 1] - first), shape=(stop - start, len(self.header.genes))
+            )
 
     def _array(self, name: str) -> zarr.Array[Any]:
         array = self._group[name]

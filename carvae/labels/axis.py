@@ -57,6 +57,31 @@ class Axis:
         sure_N = rank_ND.max(axis=1) > -np.inf
         return [names[best] if sure else None for best, sure in zip(best_N.tolist(), sure_N.tolist(), strict=True)]
 
+    def parts(self, own: float) -> NDArray[np.float32]:
+        """What each leaf shares with others, float (S, F): one column per part, weighing 1 where the leaf has it.
+
+        Parts are the nodes above a leaf and the words of its name ("CD4 CTL" shares CD4 with "CD4 TEM" and CTL with
+        "CD8 CTL"), so a rare leaf is learned from its relatives. Parts that one leaf alone has stand last, with the
+        weight ``own``; a leaf that no sum of shared parts would tell from another has one with weight 1.
+        """
+        having: dict[str, set[int]] = {}
+        for row, leaf in enumerate(self.leaves):
+            for part in {*leaf.split(), *self.above(leaf)}:
+                having.setdefault(part, set()).add(row)
+        shared = sorted({tuple(sorted(rows)) for rows in having.values() if 1 < len(rows) < len(self.leaves)})
+        common_SF = np.zeros((len(self.leaves), len(shared)), np.float32)
+        for column, rows in enumerate(shared):
+            common_SF[list(rows), column] = 1.0
+        alone = {row for rows in having.values() if len(rows) == 1 for row in rows}
+        _, group, size = np.unique(common_SF, axis=0, return_inverse=True, return_counts=True)
+        needed_S = [size[g] > 1 or row in alone for row, g in enumerate(group.ravel())]
+        return np.hstack([common_SF, np.diag(np.where(needed_S, 1.0, own)).astype(np.float32)])
+
+    def above(self, node: str) -> list[str]:
+        """The nodes above ``node``, nearest first."""
+        parent = self.parents[node]
+        return [] if parent is None else [parent, *self.above(parent)]
+
     def children(self, node: str | None) -> list[str]:
         """Nodes directly below ``node``; the top nodes for None."""
         return [name for name, parent in self.parents.items() if parent == node]

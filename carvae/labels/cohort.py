@@ -1,4 +1,4 @@
-"""The labels of all cells of a cohort, on one tree: the authors' where they gave any, else weak ones from signatures."""
+"""The labels of all cells of a cohort on one tree: the authors' where they gave any, else weak ones of signatures."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ class Bundle:
         probability = pd.DataFrame(
             self._predict(adata).probability_NS[labels.name], index=adata.obs_names, columns=list(labels.leaves)
         )
-        return probability if soft else probability.idxmax(axis=1)
+        return probability if soft else probability.idxmax(axis=1).astype(str)
 
     def align(self, source: CountsSource, min_overlap: float = 0.0) -> tuple[sp.csr_matrix, GeneReceipt]:
         """How the genes of a query map onto the panel: a matrix [query genes, panel] and the receipt.
@@ -180,7 +180,7 @@ def load(path: Path | str, device: str = "auto") -> Bundle:
         config = ModelConfig(**spec["architecture"])
         tree = None if spec["tree"] is None else LabelTree.from_dict(spec["tree"])
         bundle = Bundle(
-            network=Network(len(spec["genes"]), spec["covariates"], leaf_counts(tree), config),
+            network=Network(len(spec["genes"]), spec["covariates"], leaf_parts(tree, config), config),
             genes=tuple(spec["genes"]),
             tree=tree,
             signatures=Signatures.from_dict(spec["signatures"]),
@@ -219,7 +219,7 @@ def _read_description(path: Path) -> tuple[dict[str, Any], str]:
         raise BundleError(f"{file} was changed after the model was saved; copy the folder again or retrain")
     spec: dict[str, Any] = json.loads(raw)
     if spec.get("format", 0) > FORMAT:
-        raise BundleError(f"bundle {path} has layout {spec['format']}, this carvae reads up to {FORMAT}; upgrade carvae")
+        raise BundleError(f"bundle {path} has layout {spec['format']}, newer than {FORMAT}; upgrade carvae")
     return spec, own
 
 
@@ -227,7 +227,7 @@ def _tensors(network: Network) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
 
 
-def leaf_counts(tree: LabelTree | None) -> dict[str, int]:
-    """Label axis -> number of leaves."""
-    return {} if tree is None else {axis.name: len(axis.leaves) for axis in tree.axes}
-
+def leaf_parts(tree: LabelTree | None, config: ModelConfig) -> dict[str, torch.Tensor]:
+    """Label axis -> weight of each part in each leaf, for `Network`."""
+    axes = () if tree is None else tree.axes
+    return {axis.name: torch.from_numpy(axis.parts(1 - config.label_sharing)) for axis in axes}

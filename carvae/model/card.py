@@ -15,9 +15,9 @@ def write_card(bundle: Bundle) -> str:
         "",
         "## Intended use",
         "",
-        "Embedding and cell-state labelling of T cells in CAR-T single-cell RNA-seq, for research. Not a diagnostic, and",
-        "not validated for decisions on patients. Cells of kinds that were not in the training data get the nearest",
-        "known label.",
+        "Embedding and cell-state labelling of T cells in CAR-T single-cell RNA-seq, for research. Not a diagnostic,",
+        "and not validated for decisions on patients. Cells of kinds that were not in the training data get the",
+        "nearest known label.",
         "",
         "## Training data",
         "",
@@ -36,7 +36,7 @@ def write_card(bundle: Bundle) -> str:
         "",
         "- Scores are of patients held out of the same studies; another laboratory's data may do worse.",
         "- The confidence is the softmax probability as trained; see the calibration error above.",
-        "- The licences of the training data apply to this model; carvae cannot know them. Name them here before sharing.",
+        "- The licences of the training data apply to this model; carvae cannot know them: name them before sharing.",
         "",
     ]
     return "\n".join(lines)
@@ -64,7 +64,7 @@ def _scores(bundle: Bundle) -> list[str]:
             "",
             "| accuracy | macro-F1 | balanced accuracy | calibration error |",
             "|---|---|---|---|",
-            f"| {score['accuracy']:.3f} | {score['macro_f1']:.3f} | {score['balanced_accuracy']:.3f} | {score['ece']:.3f} |",
+            "| " + " | ".join(f"{score[k]:.3f}" for k in ("accuracy", "macro_f1", "balanced_accuracy", "ece")) + " |",
             "",
             "| state | recall |",
             "|---|---|",
@@ -72,5 +72,7 @@ def _scores(bundle: Bundle) -> list[str]:
             "",
         ]
     kept = bundle.metrics["macro_f1_by_missing_genes"]
-    lines += ["Macro-F1 with a share of the panel's genes missing: " + ", ".join(f"{k}: {v:.3f}" for k, v in kept.items())]
+    lines += [
+        "Macro-F1 with a share of the panel's genes missing: " + ", ".join(f"{k}: {v:.3f}" for k, v in kept.items())
+    ]
     return lines

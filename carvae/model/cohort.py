@@ -56,13 +56,10 @@ class Cohort:
                 f"map it in ingest.studies.*.obs, or choose from {', '.join(obs.columns)}"
             )
         codes = {name: obs[name].astype("category").cat.codes.to_numpy(np.int64) for name in config.model.covariates}
-        raw = store.counts()
         return cls(
             store=store,
             obs=obs,
-            counts=CountsCSR(
-                torch.from_numpy(raw.indptr), torch.from_numpy(raw.gene), torch.from_numpy(raw.count), len(store.header.genes)
-            ),
+            counts=CountsCSR.from_scipy(store.counts()),
             covariate_NC=np.stack([*codes.values()], axis=1) if codes else np.zeros((len(obs), 0), np.int64),
             n_categories={name: int(code.max()) + 1 for name, code in codes.items()},
             study_N=pd.Categorical(obs["study"].astype(str), categories=store.header.studies).codes.astype(np.int64),
@@ -79,7 +76,8 @@ class Cohort:
         """Whether a cell bears a label on any axis."""
         if self.cohort_labels is None:
             return np.zeros(len(self.obs), np.bool_)
-        return np.logical_or.reduce([axis.code >= 0 for axis in self.cohort_labels.labels.axes])
+        labelled: NDArray[np.bool_] = np.any([axis.code >= 0 for axis in self.cohort_labels.labels.axes], axis=0)
+        return labelled
 
     @property
     def weak(self) -> bool:
@@ -94,19 +92,21 @@ class Cohort:
 
     def data(self, train: NDArray[np.int64], config: Config) -> CellData:
         """The cells as tensors, with weights and known categories taken from the training cells alone."""
-        codes, weights = [], []
-        for axis in self.cohort_labels.labels.axes if self.cohort_labels else ():
-            weight_N = balanced_weights(axis.code, train, config.train.class_balance)
-            weights.append(np.where(axis.weak, config.train.weak_weight, 1.0) * weight_N)
-            codes.append(axis.code.astype(np.int64))
+        axes = self.cohort_labels.labels.axes if self.cohort_labels else ()
+        code_NA = np.zeros((len(self.obs), len(axes)), np.int64)
+        weight_NA = np.zeros((len(self.obs), len(axes)), np.float32)
+        for a, axis in enumerate(axes):
+            code_NA[:, a] = axis.code
+            weight_NA[:, a] = balanced_weights(axis.code, train, config.train.class_balance)
+            weight_NA[axis.weak, a] *= config.train.weak_weight
         measured = self.store.measured
         return CellData(
             counts=self.counts,
             covariate_NC=torch.from_numpy(_known_categories(self.covariate_NC, train)),
             unmeasured_SG=None if measured.all() else torch.from_numpy(~measured),
             study_N=torch.from_numpy(self.study_N),
-            code_NA=torch.from_numpy(np.stack(codes, 1) if codes else np.zeros((len(self.obs), 0), np.int64)),
-            weight_NA=torch.from_numpy((np.stack(weights, 1) if weights else np.zeros((len(self.obs), 0))).astype(np.float32)),
+            code_NA=torch.from_numpy(code_NA),
+            weight_NA=torch.from_numpy(weight_NA),
         )
 
     def sentence(self, split: PatientSplit) -> str:
@@ -153,6 +153,6 @@ def _labels(obs: pd.DataFrame, config: Config) -> CohortLabels | None:
     if config.labels.weak:
         if tree_file is None:
             raise ConfigError("labels.weak needs a label tree: signatures vote for its nodes; set labels.tree=tree")
-        scores = obs[[c for c in obs if c.startswith(SCORE)]].rename(columns=lambda c: c.removeprefix(SCORE))
+        scores = obs[[c for c in obs if str(c).startswith(SCORE)]].rename(columns=lambda c: str(c).removeprefix(SCORE))
         weak = (scores, Signatures.read(label_file(config.labels.signatures)), obs["sample"].astype(str))
     return label_cells(obs[LABEL].astype("string").fillna(""), obs["study"].astype(str), how, tree_file, weak)

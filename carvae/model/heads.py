@@ -1,6 +1,6 @@
 """Heads on the latent space.
 
-Axes: N cells, K latent, S leaves of one label axis, L label sets of one axis.
+Axes: N cells, K latent, S leaves of one label axis, F parts of its leaves, L label sets of one axis.
 """
 
 from __future__ import annotations
@@ -16,29 +16,37 @@ from carvae.config import ModelConfig
 class StateHead(nn.Module):
     """Latent coordinates to leaf probabilities, one softmax per axis of the label tree.
 
+    A leaf's logit is the sum over its parts (`Axis.parts`: the nodes above it and the words of its name), so that a
+    state with few cells is learned from those that share a part with it.
+
     Parameters
     ----------
-    n_leaves
-        Axis name -> number of leaves.
+    parts
+        Axis name -> float [S, F], the weight of each part in each leaf.
     config
         The model's section of the config.
     """
 
-    def __init__(self, n_leaves: Mapping[str, int], config: ModelConfig) -> None:
+    def __init__(self, parts: Mapping[str, Tensor], config: ModelConfig) -> None:
         super().__init__()
-        self.axes = nn.ModuleDict({axis: _classifier(n, config) for axis, n in n_leaves.items()})
+        self.axes = nn.ModuleDict({axis: _PartsClassifier(parts_SF, config) for axis, parts_SF in parts.items()})
 
     def forward(self, z_NK: Tensor) -> dict[str, Tensor]:
         """Log probability of each leaf, [N, S] for every axis."""
-        return {axis: torch.log_softmax(head(z_NK).float(), 1) for axis, head in self.axes.items()}
+        return {axis: torch.log_softmax(classifier(z_NK).float(), 1) for axis, classifier in self.axes.items()}
 
 
-def _classifier(n_leaves: int, config: ModelConfig) -> nn.Module:
-    dropout = nn.Dropout(config.head_dropout)
-    if config.head_hidden == 0:
-        return nn.Sequential(dropout, nn.Linear(config.n_latent, n_leaves))
-    hidden = nn.Linear(config.n_latent, config.head_hidden)
-    return nn.Sequential(hidden, nn.ReLU(), dropout, nn.Linear(config.head_hidden, n_leaves))
+class _PartsClassifier(nn.Module):
+    def __init__(self, parts_SF: Tensor, config: ModelConfig) -> None:
+        super().__init__()
+        self.register_buffer("parts_SF", parts_SF)
+        self.dropout = nn.Dropout(config.head_dropout)
+        self.linear = nn.Linear(config.n_latent, parts_SF.shape[1])
+
+    def forward(self, z_NK: Tensor) -> Tensor:
+        """Logits [N, S]."""
+        logits_NS: Tensor = self.linear(self.dropout(z_NK)) @ self.get_buffer("parts_SF").t()
+        return logits_NS
 
 
 def label_loss(log_probability_NS: Tensor, code_N: Tensor, allowed_LS: Tensor, weight_N: Tensor) -> Tensor:

@@ -5,10 +5,11 @@ Axes: N cells, G genes, M non-zero counts of the minibatch.
 The parametrisation and the epsilon are those of scvi-tools (Lopez et al. 2018, doi:10.1038/s41592-018-0229-2):
 ``p = softmax(logits)``, ``mu = library p``. Work that depends on the counts is done at non-zero counts alone:
 
-* for x = 0, log NB is ``theta (log(theta + eps) - log(theta + mu + eps))``: no gamma function;
-* ``lgamma(x + 1)`` does not depend on the parameters: one number per cell;
-* with ``r_g = mu_g d(log lik)/d(mu_g)``, the softmax gives ``d(-log lik)/d(logit_g) = p_g sum(r) - r_g``, so
-  the gradient overwrites the logits and nothing else of size N x G is kept for the backward pass.
+* with ``u = mu / (theta + eps)``, a zero has log NB ``-theta log1p(u)``: no gamma function, and no difference of
+  logarithms, which in float32 would leave nothing of a gene that is rare or nearly Poisson;
+* at counts such differences remain (of gamma functions), so these few numbers are taken in float64;
+* with ``r_g = mu_g d(log lik)/d(mu_g)``, the softmax gives ``d(-log lik)/d(logit_g) = p_g sum(r) - r_g``, so the
+  backward pass keeps two tensors of size N x G: this gradient and that of theta.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from carvae.data.sparse import CountsCSR
@@ -26,53 +28,56 @@ EPS = 1e-8
 
 
 class _NegativeBinomial(torch.autograd.Function):
-    """-log NB per cell; gradient with respect to the logits in place of the logits."""
+    """-log NB per cell, differentiable once in the logits and in log theta."""
 
     @staticmethod
     def forward(ctx: Any, logits_NG: Tensor, log_theta_G: Tensor, counts: CountsCSR, library_N: Tensor) -> Tensor:
         theta_G = log_theta_G.exp()
         p_NG = torch.softmax(logits_NG, 1)
-        mu_NG = p_NG * library_N[:, None]
-        total_NG = mu_NG + (theta_G + EPS)
-        log_theta_eps_G = (theta_G + EPS).log()
-        log_total_NG = total_NG.log()
-        cell_M, gene_M, x_M = counts.cell_M(), counts.gene_M, counts.count_M
-        flat_M = cell_M * counts.n_genes + gene_M
-        mu_M, total_M, theta_M = mu_NG.view(-1)[flat_M], total_NG.view(-1)[flat_M], theta_G[gene_M]
-        loglik_M = x_M * ((mu_M + EPS).log() - total_M.log()) + _log_gamma_ratio(x_M, theta_M)
-        loglik_N = (theta_G * log_theta_eps_G).sum() - log_total_NG @ theta_G
-        loglik_N = loglik_N.index_add(0, cell_M, loglik_M)
+        u_NG = (p_NG * library_N[:, None]).mul_((theta_G + EPS).reciprocal())
+        log1p_NG = u_NG.log1p()
+        flat_M, x_M = _position_M(counts), counts.count_M.double()
+        u_M, theta_M = u_NG.view(-1)[flat_M].double(), theta_G.double()[counts.gene_M]
+        mu_M, total_M = u_M * (theta_M + EPS), (1 + u_M) * (theta_M + EPS)
+        loglik_M = _at_counts(x_M, mu_M, total_M, theta_G, counts)
+        loglik_N = _sum_by_cell(loglik_M, counts).to(p_NG.dtype) - log1p_NG @ theta_G
 
-        share_NG = mu_NG.div_(total_NG)  # mu / (theta + mu + eps)
+        share_NG = u_NG.div_(u_NG + 1)  # mu / (theta + mu + eps)
         r_NG = share_NG * -theta_G
-        r_NG.view(-1).index_add_(0, flat_M, x_M * (mu_M / (mu_M + EPS) - mu_M / total_M))
-        # d log lik / d theta, kept per cell and gene only where counts are; the rest is recomputed in backward
-        ctx.save_for_backward(p_NG.mul_(r_NG.sum(1, keepdim=True)).sub_(r_NG), log_total_NG, total_NG, theta_G)
+        r_NG.view(-1).index_add_(0, flat_M, (x_M * (mu_M / (mu_M + EPS) - mu_M / total_M)).to(r_NG.dtype))
+        dlogits_NG = p_NG.mul_(r_NG.sum(1, keepdim=True)).sub_(r_NG)
+        dtheta_NG = share_NG.mul_(theta_G / (theta_G + EPS)).sub_(log1p_NG)  # d(log lik) as of zeros
+        ctx.save_for_backward(dlogits_NG, dtheta_NG, theta_G, total_M)
         ctx.counts = counts
         return -loglik_N
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_N,) = grads
-        dlogits_NG, log_total_NG, total_NG, theta_G = ctx.saved_tensors
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
+        dlogits_NG, dtheta_NG, theta_G, total_M = ctx.saved_tensors
         counts: CountsCSR = ctx.counts
-        cell_M, gene_M, x_M = counts.cell_M(), counts.gene_M, counts.count_M
-        theta_M, weight_M = theta_G[gene_M], grad_N[cell_M]
-        # d/dtheta: log(theta+eps) + theta/(theta+eps) - log(total) - theta/total, and at counts the gamma terms
-        dense_G = grad_N.sum() * ((theta_G + EPS).log() + theta_G / (theta_G + EPS)) - grad_N @ log_total_NG
-        dense_G = dense_G - theta_G * (grad_N @ total_NG.reciprocal())
-        at_counts_M = _digamma_ratio(x_M, theta_M) - x_M / total_NG.view(-1)[cell_M * counts.n_genes + gene_M]
-        dtheta_G = dense_G.index_add(0, gene_M, weight_M * at_counts_M)
-        return dlogits_NG.mul_(grad_N[:, None]), -dtheta_G * theta_G, None, None
+        x_M, theta_M = counts.count_M.double(), theta_G.double()[counts.gene_M]
+        digamma_M = theta_G.double().digamma()[counts.gene_M]
+        at_counts_M = (x_M + theta_M).digamma() - digamma_M - x_M / total_M
+        dense_G = (grad_N @ dtheta_NG).double()
+        dtheta_G = dense_G.index_add(0, counts.gene_M, grad_N.double()[counts.cell_M()] * at_counts_M)
+        return dlogits_NG * grad_N[:, None], (-dtheta_G * theta_G).to(theta_G.dtype), None, None
 
 
-def _log_gamma_ratio(x: Tensor, theta: Tensor) -> Tensor:
-    """log(Gamma(x + theta) / (Gamma(theta) Gamma(x + 1)))."""
-    return torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1)
+def _position_M(counts: CountsCSR) -> Tensor:
+    """Place of each entry in a dense [N, G] tensor laid out flat."""
+    return counts.cell_M() * counts.n_genes + counts.gene_M
 
 
-def _digamma_ratio(x: Tensor, theta: Tensor) -> Tensor:
-    return torch.digamma(x + theta) - torch.digamma(theta)
+def _at_counts(x_M: Tensor, mu_M: Tensor, total_M: Tensor, theta_G: Tensor, counts: CountsCSR) -> Tensor:
+    """What log NB of a count adds to that of a zero, ``total`` being theta + mu + eps; zero for a stored zero."""
+    theta_M, lgamma_M = theta_G.double()[counts.gene_M], theta_G.double().lgamma()[counts.gene_M]
+    gamma_M = (x_M + theta_M).lgamma() - lgamma_M - (x_M + 1).lgamma()
+    return x_M * ((mu_M + EPS).log() - total_M.log()) + gamma_M
+
+
+def _sum_by_cell(value_M: Tensor, counts: CountsCSR) -> Tensor:
+    return value_M.new_zeros(counts.n_cells).index_add(0, counts.cell_M(), value_M)
 
 
 def nb_loss(logits_NG: Tensor, log_theta_G: Tensor, counts: CountsCSR, library_N: Tensor) -> Tensor:
@@ -82,7 +87,7 @@ def nb_loss(logits_NG: Tensor, log_theta_G: Tensor, counts: CountsCSR, library_N
     ----------
     logits_NG
         Unnormalised log expression; ``-inf`` marks a gene that the cell's study did not measure, which then
-        adds nothing to the loss. The caller must not use this tensor afterwards.
+        adds nothing to the loss.
     log_theta_G
         Log inverse dispersion.
     counts, library_N
@@ -90,9 +95,9 @@ def nb_loss(logits_NG: Tensor, log_theta_G: Tensor, counts: CountsCSR, library_N
 
     Returns
     -------
-    Tensor [N], differentiable in the logits and in ``log_theta_G``.
+    Tensor [N], differentiable (once) in the logits and in ``log_theta_G``.
     """
-    loss_N: Tensor = _NegativeBinomial.apply(logits_NG, log_theta_G, counts, library_N)
+    loss_N: Tensor = _NegativeBinomial.apply(logits_NG, log_theta_G, counts, library_N)  # type: ignore[no-untyped-call]
     return loss_N
 
 
@@ -102,17 +107,16 @@ def zinb_loss(
     """Negative log likelihood of each cell under zero-inflated NB, in nats.
 
     ``zero_logits_NG`` are the logits of the zero inflation; the other arguments are those of `nb_loss`. With
-    ``a = theta (log(theta + eps) - log(theta + mu + eps)) - pi``, a zero adds ``softplus(a) - softplus(-pi)`` and a
-    count adds ``a - softplus(-pi)`` and the NB terms at counts (scvi-tools' ``log_zinb_positive``).
+    ``a = -theta log1p(u) - pi``, a zero adds ``softplus(a) - softplus(-pi)`` and a count adds ``a - softplus(-pi)``
+    and the NB terms at counts (scvi-tools' ``log_zinb_positive``).
     """
     theta_G = log_theta_G.exp()
     mu_NG = torch.softmax(logits_NG, 1) * library_N[:, None]
-    log_total_NG = (mu_NG + (theta_G + EPS)).log()
-    a_NG = theta_G * ((theta_G + EPS).log() - log_total_NG) - zero_logits_NG
-    observed_NG = torch.isfinite(logits_NG)
-    zero_NG = torch.where(observed_NG, functional.softplus(a_NG) - functional.softplus(-zero_logits_NG), 0.0)
-    cell_M, gene_M, x_M = counts.cell_M(), counts.gene_M, counts.count_M
-    flat_M = cell_M * counts.n_genes + gene_M
-    a_M, mu_M, theta_M = a_NG.view(-1)[flat_M], mu_NG.view(-1)[flat_M], theta_G[gene_M]
-    at_count_M = a_M - functional.softplus(a_M) + x_M * ((mu_M + EPS).log() - log_total_NG.view(-1)[flat_M])
-    return -zero_NG.sum(1).index_add(0, cell_M, at_count_M + _log_gamma_ratio(x_M, theta_M))
+    a_NG = -theta_G * (mu_NG / (theta_G + EPS)).log1p() - zero_logits_NG
+    as_zero_NG = functional.softplus(a_NG) - functional.softplus(-zero_logits_NG)
+    as_zero_NG = as_zero_NG.masked_fill(logits_NG.isneginf(), 0.0)
+    flat_M, x_M = _position_M(counts), counts.count_M.double()
+    a_M, mu_M = a_NG.view(-1)[flat_M].double(), mu_NG.view(-1)[flat_M].double()
+    nb_M = _at_counts(x_M, mu_M, mu_M + (theta_G.double()[counts.gene_M] + EPS), theta_G, counts)
+    loglik_M = (nb_M + a_M - functional.softplus(a_M)).masked_fill(x_M == 0, 0.0)
+    return -(as_zero_NG.sum(1) + _sum_by_cell(loglik_M, counts).to(as_zero_NG.dtype))

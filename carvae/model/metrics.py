@@ -38,7 +38,9 @@ class AxisScores:
         return asdict(self)
 
 
-def score_axis(probability_NS: NDArray[np.floating], leaf_N: NDArray[np.integer], leaves: tuple[str, ...]) -> AxisScores | None:
+def score_axis(
+    probability_NS: NDArray[np.floating], leaf_N: NDArray[np.integer], leaves: tuple[str, ...]
+) -> AxisScores | None:
     """Return the scores on cells with ``leaf_N >= 0``; None when there is none."""
     known = leaf_N >= 0
     if not known.any():
@@ -60,7 +62,7 @@ def score_axis(probability_NS: NDArray[np.floating], leaf_N: NDArray[np.integer]
 
 
 def expected_calibration_error(probability_NS: NDArray[np.floating], truth_N: NDArray[np.integer]) -> float:
-    """Mean over cells of \\|accuracy - confidence\\| of their bin of top probability (Guo et al. 2017, eq. 3)."""
+    """Gap between accuracy and confidence, mean over bins of the top probability (Guo et al. 2017, eq. 3)."""
     confidence = probability_NS.max(1)
     right = probability_NS.argmax(1) == truth_N
     bins = np.minimum((confidence * N_BINS).astype(int), N_BINS - 1)

@@ -41,18 +41,18 @@ class Network(nn.Module):
         Genes of the panel.
     n_categories
         Covariate name -> number of categories.
-    n_leaves
-        Label axis -> number of leaves; empty for a model without labels.
+    parts
+        Label axis -> weight of each part in each leaf (see `StateHead`); empty for a model without labels.
     config
         The model's section of the config.
     """
 
     def __init__(
-        self, n_genes: int, n_categories: Mapping[str, int], n_leaves: Mapping[str, int], config: ModelConfig
+        self, n_genes: int, n_categories: Mapping[str, int], parts: Mapping[str, Tensor], config: ModelConfig
     ) -> None:
         super().__init__()
         self.vae = CellVAE(n_genes, n_categories, config)
-        self.head = StateHead(n_leaves, config)
+        self.head = StateHead(parts, config)
 
     def forward(self, counts: CountsCSR) -> tuple[Posterior, dict[str, Tensor]]:
         """Posterior of z and, from its mean, the log probability of each leaf [N, S] per axis."""

@@ -90,7 +90,9 @@ class Encoder(nn.Module):
         hidden_NH = self._activate(self.first(counts))
         for layer in self.layers:
             hidden_NH = self._activate(layer(hidden_NH))
-        return Posterior(self.mean(hidden_NH), self.log_variance(hidden_NH).exp() + VARIANCE_EPS)
+        dtype = self.mean.weight.dtype  # under autocast too: z and its KL are not for bfloat16
+        variance_NK = self.log_variance(hidden_NH).to(dtype).exp() + VARIANCE_EPS
+        return Posterior(self.mean(hidden_NH).to(dtype), variance_NK)
 
     def _activate(self, hidden_NH: Tensor) -> Tensor:
         normed_NH = functional.layer_norm(hidden_NH, hidden_NH.shape[1:])
@@ -122,9 +124,8 @@ class Decoder(nn.Module):
 
 
 def _rows(table_CH: Tensor, code_N: Tensor) -> Tensor:
-    known_N = code_N >= 0
     rows_NH = functional.embedding(code_N.clamp(min=0), table_CH)
-    return rows_NH if bool(known_N.all()) else torch.where(known_N[:, None], rows_NH, table_CH.mean(0))
+    return torch.where(code_N[:, None] >= 0, rows_NH, table_CH.mean(0))
 
 
 class CellVAE(nn.Module):
@@ -168,14 +169,15 @@ class CellVAE(nn.Module):
             True where the cell's study did not measure the gene; such genes add nothing.
         """
         hidden_NH = self.decoder.hidden(z_NK, covariate_NC)
-        logits_NG = self.decoder.scale(hidden_NH).float()
+        dtype = self.log_theta_G.dtype
+        logits_NG = self.decoder.scale(hidden_NH).to(dtype)
         if unmeasured_NG is not None:
             logits_NG = logits_NG.masked_fill(unmeasured_NG, -torch.inf)
         library_N = counts.library_N()
         if self.decoder.zero is None:
             reconstruction_N = nb_loss(logits_NG, self.log_theta_G, counts, library_N)
         else:
-            zero_NG = self.decoder.zero(hidden_NH).float()
+            zero_NG = self.decoder.zero(hidden_NH).to(dtype)
             reconstruction_N = zinb_loss(logits_NG, zero_NG, self.log_theta_G, counts, library_N)
         return Elbo(reconstruction_N, posterior.kl_N())
 
