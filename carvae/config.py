@@ -142,7 +142,8 @@ class TrainConfig(Section):
     patience: int = Field(5, ge=1)
     """Epochs without a better held-out loss before training stops."""
     refit: bool = False
-    """After the held-out run, train again on all patients for the number of epochs that it found."""
+    """After the held-out run, which gives the scores, train again on all patients for the whole schedule: for small
+    cohorts, where a held-out patient is dear and one patient's loss a poor guide to when to stop."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """Arithmetic of the matrix products."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"

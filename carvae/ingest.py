@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 
 from carvae import __version__
 from carvae.config import Config, IngestConfig, StudyConfig, label_file
-from carvae.data.atomic import replacing_folder
-from carvae.data.genes import GeneTable, ResolvedGenes
+from carvae.data.atomic import replacing_file, replacing_folder
+from carvae.data.genes import GeneTable, ResolvedGenes, align
 from carvae.data.panel import Panel, choose_panel
 from carvae.data.readers import CountsSource, open_samples
 from carvae.data.schema import check_studies, inspect_obs
 from carvae.data.store import FORMAT, CellStore, StoreHeader, StoreWriter
-from carvae.errors import CarvaeError, ConfigError, ReadError, SchemaError, join_problems
+from carvae.errors import CarvaeError, ConfigError, GeneError, ReadError, SchemaError, join_problems
 from carvae.labels.signatures import Signatures, score
 from carvae.model.cohort import LABEL, SCORE
 
@@ -43,7 +43,7 @@ class _Part:
     genes: ResolvedGenes
     obs: pd.DataFrame
     keep: NDArray[np.bool_]
-    n_empty: int = 0
+    n_shallow: int = 0
 
 
 def work_folder(output: Path) -> Path:
@@ -61,11 +61,20 @@ def run(config: Config) -> Path:
     """
     if not config.ingest.studies:
         raise ConfigError("ingest.studies is empty; name at least one study, as in configs/reference.yaml")
-    store = work_folder(config.output) / "store.zarr"
+    work = work_folder(config.output)
+    store = work / "store.zarr"
     fingerprint = _fingerprint(config)
     if store.exists() and _is_current(store, fingerprint):
         log.info("store is up to date: %s", store)
-        return store
+    else:
+        _build(store, fingerprint, config)
+    with replacing_file(work / "config.yaml") as scratch:
+        scratch.write_text(config.to_yaml(), encoding="utf-8")
+    return store
+
+
+def _build(store: Path, fingerprint: str, config: Config) -> None:
+    """Read everything, choose the panel, and put a complete store in place."""
     parts = _open_all(config.ingest)
     signatures = Signatures.read(label_file(config.labels.signatures))
     universe = np.array(sorted({str(s) for part in parts for s in part.genes.symbols}), dtype=object)
@@ -80,7 +89,8 @@ def run(config: Config) -> Path:
         for part in parts:
             _write_part(writer, part, panel, signatures if config.labels.weak else None, config.ingest.chunk_size)
         writer.close()
-    return store
+    with replacing_file(store.with_name("receipt.json")) as scratch:
+        scratch.write_text(json.dumps(header.receipt, indent=1), encoding="utf-8")
 
 
 def _is_current(store: Path, fingerprint: str) -> bool:
@@ -109,26 +119,50 @@ def _fingerprint(config: Config) -> str:
 
 def _open_all(config: IngestConfig) -> list[_Part]:
     """Every file of every study, opened and harmonised; the problems of all studies are raised at once."""
-    sources: dict[str, list[CountsSource]] = {}
-    problems: list[str] = []
+    sources: dict[str, list[tuple[CountsSource, ResolvedGenes]]] = {}
+    problems: list[CarvaeError] = []
     for name, study in config.studies.items():
         log.info("checking study %s: %s", name, study.path)
         try:
-            sources[name] = open_samples(study.path, counts=study.counts)
+            sources[name] = [(source, _genes(source)) for source in open_samples(study.path, counts=study.counts)]
         except CarvaeError as error:
-            problems.append(f"study {name!r}: {error}")
-    if problems:
-        raise ReadError(problems[0] if len(problems) == 1 else join_problems("studies cannot be read", problems))
-    raw = {name: pd.concat([source.obs for source in opened]) for name, opened in sources.items()}
+            problems.append(type(error)(f"study {name!r}: {error}"))
+    _raise_all("studies cannot be read", problems)
+    raw = {name: pd.concat([source.obs for source, _ in opened]) for name, opened in sources.items()}
     harmonised = [inspect_obs(raw[name], name, study.obs, study.constants) for name, study in config.studies.items()]
     check_studies(harmonised)
     parts: list[_Part] = []
     for found in harmonised:
         for note in found.notes:
             log.info("%s", note)
-        obs = found.obs.assign(**{LABEL: _label(raw[found.study], found.study, config.studies[found.study])})
-        parts += _parts(found.study, sources[found.study], obs)
+        try:
+            obs = found.obs.assign(**{LABEL: _label(raw[found.study], found.study, config.studies[found.study])})
+            parts += _parts(found.study, sources[found.study], obs)
+        except SchemaError as error:
+            problems.append(error)
+    _raise_all("labels cannot be read", problems)
     return _without(config.exclude_patients, parts)
+
+
+def _raise_all(head: str, problems: Sequence[CarvaeError]) -> None:
+    """Raise one error for the problems of all studies, of their own kind where they are of one; nothing for none."""
+    if problems:
+        kinds = {type(problem) for problem in problems}
+        kind = kinds.pop() if len(kinds) == 1 else CarvaeError
+        sentences = [str(problem) for problem in problems]
+        raise kind(sentences[0] if len(sentences) == 1 else join_problems(head, sentences))
+
+
+def _genes(source: CountsSource) -> ResolvedGenes:
+    """The genes of a file; raises GeneError where they are no human genes."""
+    table = GeneTable.default()
+    resolved = table.resolve(source.genes, source.gene_ids)
+    try:
+        align(resolved, sorted(table.symbols))
+    except GeneError as error:
+        cause = str(error).split(": ", 1)[-1]  # before it stands the overlap with all human genes, which says little
+        raise GeneError(f"the genes of {source.name} cannot be matched: {cause}") from None
+    return resolved
 
 
 def _label(obs: pd.DataFrame, name: str, study: StudyConfig) -> NDArray[np.object_]:
@@ -143,13 +177,12 @@ def _label(obs: pd.DataFrame, name: str, study: StudyConfig) -> NDArray[np.objec
     return obs[study.label].astype("string").fillna("").to_numpy(dtype=object)
 
 
-def _parts(name: str, sources: Sequence[CountsSource], obs: pd.DataFrame) -> Iterator[_Part]:
-    table, start = GeneTable.default(), 0
-    for source in sources:
+def _parts(name: str, sources: Sequence[tuple[CountsSource, ResolvedGenes]], obs: pd.DataFrame) -> Iterator[_Part]:
+    start = 0
+    for source, genes in sources:
         own = obs.iloc[start : start + source.n_cells].copy()
         start += source.n_cells
-        keep = np.ones(source.n_cells, np.bool_)
-        yield _Part(name, source, table.resolve(source.genes, source.gene_ids), own, keep)
+        yield _Part(name, source, genes, own, np.ones(source.n_cells, np.bool_))
 
 
 def _without(patients: Sequence[str], parts: Sequence[_Part]) -> list[_Part]:
@@ -191,7 +224,7 @@ def _first_pass(
             batch.append(names[start : start + chunk.shape[0]][picked])
             start += chunk.shape[0]
         part.obs["n_counts"] = np.concatenate(totals)
-        part.n_empty = int((part.obs["n_counts"] < config.ingest.min_counts).sum())
+        part.n_shallow = int((part.obs["n_counts"] < config.ingest.min_counts).sum())
     return sp.vstack(drawn).tocsr(), np.concatenate(batch)
 
 
@@ -237,22 +270,22 @@ def _write_part(writer: StoreWriter, part: _Part, panel: Panel, signatures: Sign
 def _receipt(parts: Sequence[_Part], panel: Panel) -> dict[str, Any]:
     """What came in, per study."""
     studies: dict[str, Any] = {}
-    genes = set(panel.genes)
     for part in parts:
-        known = {str(s) for s in part.genes.symbols}
+        genes = align(part.genes, panel.genes).receipt
+        kept = int(part.keep.sum())
+        log.info(
+            "%s: %s cells kept, counts in %s; %s", part.source.name, f"{kept:,}", part.source.where, genes.sentence()
+        )
         studies.setdefault(part.study, []).append(
             {
                 "file": part.source.name,
                 "counts_in": part.source.where,
-                "cells": int(part.keep.sum()),
+                "cells": kept,
                 "cells_left_out": int((~part.keep).sum()),
-                "cells_below_min_counts": part.n_empty,
-                "genes": len(known),
-                "genes_by": {str(how): int(n) for how, n in pd.Series(part.genes.how).value_counts().items()},
-                "panel_genes_missing": sorted(genes - known),
+                "cells_below_min_counts": part.n_shallow,
+                "notes": list(part.source.notes),
+                "genes": genes.to_dict(),
             }
         )
-    return {
-        "studies": studies,
-        "panel": {"variable": panel.n_variable, "signature": panel.n_signature, "excluded": panel.excluded},
-    }
+    chosen = {"variable": panel.n_variable, "signature": panel.n_signature, "excluded": panel.excluded}
+    return {"studies": studies, "panel": chosen}

@@ -27,7 +27,7 @@ from carvae.data.readers import CountsSource, open_samples, open_source
 from carvae.data.results import CellResults, add_results, write_results
 from carvae.data.schema import harmonise
 from carvae.errors import BundleError
-from carvae.labels.signatures import score
+from carvae.labels.signatures import coverage, score
 from carvae.labels.tree import RESERVED
 from carvae.model.bundle import Bundle, load
 from carvae.model.network import Prediction
@@ -41,9 +41,10 @@ MARKERS = ("LAG3", "PDCD1", "HAVCR2")
 def annotate(adata: AnnData, model: Bundle | Path | str, config: PredictConfig | None = None) -> AnnData:
     """Return a copy of ``adata`` with states, confidence, signature scores and the embedding.
 
-    Added are ``obs["carvae_state"]``, ``obs["carvae_confidence"]``, ``obs["carvae_score_<signature>"]``,
+    Added are ``obs["carvae_state"]`` (``unknown`` for cells with too few counts), ``obs["carvae_state_best"]`` (the
+    likeliest state of every cell), ``obs["carvae_confidence"]``, ``obs["carvae_score_<signature>"]``,
     ``obsm["carvae_probability"]``, ``obsm["X_carvae"]`` and ``uns["carvae"]``; a tree with several axes adds
-    ``carvae_<axis>`` for the others.
+    ``carvae_<axis>`` and the like for the others.
 
     Raises
     ------
@@ -115,7 +116,7 @@ def _results(
         },
         uns=_provenance(bundle, config, worst, states),
     )
-    return results, _sample_table(cells, states.get(main, ())) if label else None
+    return results, _sample_table(cells, states) if label else None
 
 
 @dataclass(slots=True)
@@ -133,8 +134,14 @@ class _Stream:
 
     def __init__(self, source: CountsSource, bundle: Bundle, config: PredictConfig, *, label: bool) -> None:
         self.source, self.bundle, self.config, self.label = source, bundle, config, label
-        self.matrix, self.receipt = bundle.align(source, config.min_overlap)
-        self.symbols = GeneTable.default().resolve(source.genes, source.gene_ids).symbols
+        resolved = GeneTable.default().resolve(source.genes, source.gene_ids)
+        alignment = bundle.align(resolved, config.min_overlap)
+        self.matrix, self.receipt, self.symbols = alignment.matrix, alignment.receipt, resolved.symbols
+        unscored = [s.signature for s in coverage([str(s) for s in self.symbols], bundle.signatures) if not s.scored]
+        if label and unscored:
+            log.info(
+                "%s: too few genes to score %s; those columns are empty", source.name, ", ".join(unscored)
+            )
         columns = [np.flatnonzero(self.symbols == gene) for gene in MARKERS]
         self.markers = {gene: column for gene, column in zip(MARKERS, columns, strict=True) if column.size}
 
@@ -167,6 +174,7 @@ class _Stream:
             names = np.array([*axis.leaves, RESERVED])
             code = np.where(seen, probability.argmax(1), len(axis.leaves))
             table[f"carvae_{axis.name}"] = pd.Categorical(names[code], categories=names)
+            table[f"carvae_{axis.name}_best"] = pd.Categorical(names[probability.argmax(1)], categories=names[:-1])
             confidence = "carvae_confidence" if axis.name == main else f"carvae_{axis.name}_confidence"
             table[confidence] = np.where(seen, probability.max(1), 0.0).astype(np.float32)
         table["carvae_n_counts"] = np.asarray(chunk.sum(axis=1)).ravel()
@@ -187,19 +195,20 @@ def _marker_columns() -> list[str]:
     return [f"{gene}+" for gene in MARKERS]
 
 
-def _sample_table(cells: pd.DataFrame, states: Sequence[str]) -> pd.DataFrame:
+def _sample_table(cells: pd.DataFrame, states: dict[str, tuple[str, ...]]) -> pd.DataFrame:
     """One row per sample: cells, depth, composition over states, mean signature scores, marker-positive fractions.
 
     Fractions and means are over the cells used, those that are not ``unknown``.
     """
-    state = next(c for c in map(str, cells) if c.startswith("carvae_"))
+    main = f"carvae_{_main_axis(tuple(states))}"
     rows = []
     for sample, group in cells.groupby("sample", sort=True):
-        used = group[group[state] != RESERVED]
+        used = group[group[main] != RESERVED]
         row: dict[str, Any] = {"sample": sample, "n_cells": len(group), "n_cells_used": len(used)}
         row["median_counts"] = float(group["carvae_n_counts"].median())
         row["mean_confidence"] = float(used["carvae_confidence"].mean())
-        row |= {f"fraction {name}": float((used[state] == name).mean()) for name in states}
+        for axis, leaves in states.items():
+            row |= {f"fraction {leaf}": float((used[f"carvae_{axis}"] == leaf).mean()) for leaf in leaves}
         row |= {f"fraction {name}": float(used[name].mean()) for name in _marker_columns() if name in used}
         scores = [c for c in map(str, used) if c.startswith("carvae_score_")]
         row |= {f"mean {c.removeprefix('carvae_')}": float(used[c].mean()) for c in scores}

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.container import Container
 from matplotlib.figure import Figure as Canvas
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
@@ -126,17 +127,15 @@ def plot_umap(
     shown = _ordered(category, order)
     style = styles(shown)
     point = float(np.clip(6e4 / max(len(category), 1), 2.0, 22.0))
-    # Drawn in random order, so that no category hides another because its name comes later.
-    shuffled = np.random.default_rng(0).permutation(len(category))
-    # Unlabelled cells first, below the others.
-    shuffled = shuffled[np.argsort([style[c].colour != GREY for c in category[shuffled]], kind="stable")]
+    # Unlabelled cells below the others; those in random order, so that no category hides another by its name.
+    above = np.array([style[c].colour != GREY for c in category])
+    shuffled = np.argsort(above + np.random.default_rng(0).random(len(category)))
     colour = np.array([style[c].colour for c in category], dtype=object)
     marker = np.array([style[c].marker for c in category], dtype=object)
-    for shape in MARKERS:
+    for shape in dict.fromkeys(marker.tolist()):
         cells = shuffled[marker[shuffled] == shape]
-        if cells.size:
-            x, y = coordinates[cells, 0], coordinates[cells, 1]
-            ax.scatter(x, y, s=point, c=list(colour[cells]), marker=shape, linewidths=0, alpha=0.85, rasterized=True)
+        x, y = coordinates[cells, 0], coordinates[cells, 1]
+        ax.scatter(x, y, s=point, c=list(colour[cells]), marker=shape, linewidths=0, alpha=0.85, rasterized=True)
     handles = [
         Line2D([], [], linestyle="", marker=style[c].marker, color=style[c].colour, markersize=7, label=_name(c, n))
         for c, n in ((c, int((category == c).sum())) for c in shown)
@@ -164,9 +163,8 @@ def plot_confusion(
     counts = pd.crosstab(pd.Categorical(true, rows), pd.Categorical(called, columns), dropna=False).to_numpy()
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     ax = ax or _new_axes(height=float(np.clip(1.9 + 0.55 * len(rows), 4.0, 12.0)))
-    texts = np.where(
-        counts > 0, [[f"{s:.0%}\n{n:,}" for s, n in zip(*r, strict=True)] for r in zip(share, counts, strict=True)], ""
-    )
+    cells = zip(share.flat, counts.flat, strict=True)
+    texts = np.array([f"{part:.0%}\n{n:,}" if n else "" for part, n in cells]).reshape(counts.shape)
     names = [_name(row, int(n)) for row, n in zip(rows, counts.sum(axis=1), strict=True)]
     _heat_map(ax, share, texts, (names, columns), "Share of the true label's cells", (0.0, 1.0))
     ax.set(xlabel="Predicted", ylabel="True (cells)")
@@ -197,11 +195,12 @@ def plot_composition(
     """
     shown = [str(c) for c in table.columns] if order is None else _ordered(np.array(table.columns, dtype=str), order)
     values = table.set_axis(table.columns.astype(str), axis=1).reindex(columns=shown, fill_value=0.0).to_numpy(float)
-    share = values / np.where(values.sum(axis=1, keepdims=True) > 0, values.sum(axis=1, keepdims=True), 1.0)
+    total = values.sum(axis=1, keepdims=True)
+    share = values / np.where(total > 0, total, 1.0)
     ax = ax or _new_axes(height=float(np.clip(1.6 + 0.3 * len(table), 3.2, 40.0)))
     position, left = np.arange(len(table)), np.zeros(len(table))
     for (state, style), width in zip(styles(shown).items(), share.T, strict=True):
-        look = {"color": style.colour, "hatch": style.hatch, "edgecolor": "white", "linewidth": 0.6}
+        look: dict[str, Any] = {"color": style.colour, "hatch": style.hatch, "edgecolor": "white", "linewidth": 0.6}
         ax.barh(position, width, left=left, height=0.8, label=_wrapped(state), **look)
         left += width
     names = [str(s) if n_cells is None else f"{s} ({int(n_cells.loc[s]):,})" for s in table.index]
@@ -260,8 +259,7 @@ def plot_signatures_by_state(
     state = pd.Series(states).astype(str).to_numpy()
     shown = [s for s in _ordered(state, order) if (state == s).any()]
     means = scores.groupby(state).mean().loc[shown].to_numpy()
-    spread = means.std(axis=0)
-    relative = (means - means.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
+    relative = (means - means.mean(axis=0)) / np.where(means.std(axis=0) > 0, means.std(axis=0), 1.0)
     ax = ax or _new_axes(height=float(np.clip(2.2 + 0.42 * len(shown), 3.6, 14.0)))
     names = [_name(s, int((state == s).sum())) for s in shown]
     texts = np.array([[f"{value:.2f}" for value in row] for row in means])
@@ -302,12 +300,9 @@ def write_index(
     missing = [figure.file for figure in figures if not (folder / figure.file).is_file()]
     if missing:
         raise ReadError(f"{folder} lacks {', '.join(missing)}; save the figures there before writing the page")
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["link"] = lambda file: quote(Path(file).as_posix())
     environment.filters["cell"] = _cell
@@ -340,8 +335,7 @@ def _finish(ax: Axes, title: str, pad: float = 8) -> Axes:
 def _ordered(found: NDArray[Any], order: Sequence[str] | None) -> list[str]:
     """The categories of ``order`` in its order, then those found beyond it; "no label" comes last."""
     present = sorted(set(found.tolist()))
-    listed = [*(order if order is not None else ()), *present]
-    return sorted(dict.fromkeys(listed), key=lambda category: category in NO_LABEL)
+    return sorted(dict.fromkeys([*(order or ()), *present]), key=lambda category: category in NO_LABEL)
 
 
 def _wrapped(name: str, width: int = LABEL_WIDTH) -> str:
@@ -352,15 +346,10 @@ def _name(category: str, n_cells: int) -> str:
     return _wrapped(f"{category} ({n_cells:,})", LABEL_WIDTH + 4)
 
 
-def _legend_beside(ax: Axes, handles: Sequence[Artist]) -> None:
+def _legend_beside(ax: Axes, handles: Sequence[Artist | Container]) -> None:
+    columns, size = -(-len(handles) // LEGEND_ROWS), 9 if len(handles) <= FEW_ROWS else 8
     ax.legend(
-        handles=list(handles),
-        loc="center left",
-        bbox_to_anchor=(1.01, 0.5),
-        ncols=-(-len(handles) // LEGEND_ROWS),
-        frameon=False,
-        fontsize=9 if len(handles) <= FEW_ROWS else 8,
-        handletextpad=0.5,
+        handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), ncols=columns, fontsize=size, frameon=False
     )
 
 

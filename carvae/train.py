@@ -12,10 +12,11 @@ import hashlib
 import json
 import logging
 import math
+import os
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -27,12 +28,10 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
-from numpy.typing import NDArray
 from torch import Tensor
 
 from carvae import __version__
 from carvae.config import Config, label_file
-from carvae.data.atomic import replacing_file
 from carvae.data.loader import CellData, Minibatch, MinibatchLoader, Thinning
 from carvae.data.split import PatientSplit, split_patients
 from carvae.data.store import CellStore
@@ -45,7 +44,7 @@ from carvae.model.card import write_card
 from carvae.model.cohort import Cohort
 from carvae.model.heads import label_loss
 from carvae.model.held_out import held_out_metrics
-from carvae.model.metrics import score_axis
+from carvae.model.metrics import AxisScores, score_axis
 from carvae.model.network import Network
 
 log = logging.getLogger(__name__)
@@ -75,8 +74,6 @@ def run(config: Config) -> Path:
         torch.set_num_threads(config.train.threads)
     work = work_folder(config.output)
     store = CellStore(ingest(config))
-    with replacing_file(work / "config.yaml") as scratch:
-        scratch.write_text(config.to_yaml(), encoding="utf-8")
     cohort = Cohort.assemble(store, config)
     rng = np.random.default_rng((config.seed, 2))
     split = split_patients(cohort.obs["patient"], cohort.labelled_N, config.train.validation_share, rng)
@@ -85,8 +82,10 @@ def run(config: Config) -> Path:
     metrics = held_out_metrics(result.network, cohort, split, config.seed) | {"epochs": result.n_epochs}
     if config.train.refit and split.validation.size:
         everyone = np.arange(len(cohort.obs), dtype=np.int64)
-        log.info("training again on all patients, for %d epochs", result.n_epochs)
-        result = fit(cohort, PatientSplit(everyone, everyone[:0], ()), config, work / "refit", result.n_epochs)
+        metrics["refit"] = True
+        log.info("training again on all patients")
+        result = fit(cohort, PatientSplit(everyone, everyone[:0], ()), config, work / "refit")
+        metrics["epochs"] = result.n_epochs
     path = _bundle(result.network, cohort, config, metrics).save(config.output)
     for stage in ("fit", "refit"):
         shutil.rmtree(work / stage / "checkpoints", ignore_errors=True)
@@ -94,13 +93,8 @@ def run(config: Config) -> Path:
     return path
 
 
-def fit(cohort: Cohort, split: PatientSplit, config: Config, folder: Path, n_epochs: int | None = None) -> Fit:
+def fit(cohort: Cohort, split: PatientSplit, config: Config, folder: Path) -> Fit:
     """Train one network, continuing from ``folder``'s checkpoint where one of the same run is there.
-
-    Parameters
-    ----------
-    n_epochs
-        Exactly so many epochs of the schedule, without early stopping; by default the config's, with it.
 
     Raises
     ------
@@ -113,23 +107,23 @@ def fit(cohort: Cohort, split: PatientSplit, config: Config, folder: Path, n_epo
     torch.manual_seed(config.seed)
     network = Network(data.counts.n_genes, cohort.n_categories, leaf_parts(cohort.tree, config.model), config.model)
     network.vae.start_from_moments(*data.counts.rows(torch.from_numpy(split.train)).moments())
-    module = Objective(network, data, cohort.allowed(), split, config)
+    module = Objective(network, data, cohort, split, config)
     module.n_steps = epochs * steps_per_epoch
-    checkpoints = _checkpoint_folder(folder, cohort, split, config, n_epochs)
-    callbacks = _callbacks(checkpoints, held_out=bool(split.validation.size), patience=config.train.patience)
+    checkpoints = _checkpoint_folder(folder, cohort, split, config)
+    keep, *others = _callbacks(checkpoints, held_out=bool(split.validation.size), patience=config.train.patience)
     with _quiet_lightning():
         trainer = lightning.Trainer(
             accelerator={"cuda": "gpu"}.get(config.train.accelerator, config.train.accelerator),
             devices=1,
             precision=config.train.precision,
-            max_epochs=n_epochs or epochs,
+            max_epochs=epochs,
             logger=_loggers(folder, config),
-            callbacks=callbacks,
+            callbacks=[keep, *others],
             log_every_n_steps=50,
             reload_dataloaders_every_n_epochs=1,
             num_sanity_val_steps=0,
             enable_model_summary=False,
-            enable_progress_bar=sys.stderr.isatty(),
+            enable_progress_bar=sys.stderr.isatty() and log.isEnabledFor(logging.INFO),
             default_root_dir=folder,
         )
         last = checkpoints / "last.ckpt"
@@ -137,12 +131,11 @@ def fit(cohort: Cohort, split: PatientSplit, config: Config, folder: Path, n_epo
             log.info("continuing from %s", last)
         trainer.fit(module, ckpt_path=last if last.exists() else None, weights_only=True)
     n_trained = trainer.current_epoch
-    best = next((c for c in callbacks if isinstance(c, ModelCheckpoint) and c.best_model_path), None)
-    if split.validation.size and best is not None:
-        state = torch.load(best.best_model_path, weights_only=True)
-        module.load_state_dict(state["state_dict"])
-        n_trained = int(state["epoch"]) + 1
-    _finish_loggers(trainer.loggers)
+    if split.validation.size and isinstance(keep, ModelCheckpoint):
+        best = torch.load(keep.best_model_path, weights_only=True)
+        module.load_state_dict(best["state_dict"])
+        n_trained = int(best["epoch"]) + 1
+    _finish(trainer.loggers, module.scores)
     return Fit(network.cpu().eval(), n_trained)
 
 
@@ -155,8 +148,8 @@ class Objective(lightning.LightningModule):
         What is trained.
     data
         All cells.
-    allowed
-        Label axis -> bool [sets, S], the leaves that each label set allows.
+    cohort
+        Their label tree, and which leaves each label allows.
     split
         Cells to train on and cells to watch.
     config
@@ -166,18 +159,20 @@ class Objective(lightning.LightningModule):
     n_steps: int = 1
     """Optimiser steps of the whole schedule: warm-ups and learning rate are fractions of it."""
 
-    def __init__(
-        self, network: Network, data: CellData, allowed: dict[str, Tensor], split: PatientSplit, config: Config
-    ) -> None:
+    def __init__(self, network: Network, data: CellData, cohort: Cohort, split: PatientSplit, config: Config) -> None:
         super().__init__()
         self.network = network
         self.data, self.split, self.config = data, split, config
-        self.axes = tuple(allowed)
-        for axis, allowed_LS in allowed.items():
+        self.leaves = {} if cohort.tree is None else {axis.name: axis.leaves for axis in cohort.tree.axes}
+        self.truth = {axis: cohort.true_leaf(axis)[split.validation] for axis in self.leaves}
+        for axis, allowed_LS in cohort.allowed().items():
             self.register_buffer(f"allowed_{axis}", allowed_LS, persistent=False)
         train = config.train
         self.thin = Thinning(train.thinning, train.min_depth, train.gene_dropout, train.max_gene_dropout)
+        self.scores: dict[str, AxisScores] = {}
         self._sums: dict[str, Tensor] = {}
+        self._train_sums: dict[str, Tensor] = {}
+        self._held_out: list[dict[str, Tensor]] = []
 
     def train_dataloader(self) -> MinibatchLoader:
         """Training cells, in the order of this epoch."""
@@ -211,7 +206,7 @@ class Objective(lightning.LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Put the training sums aside: validation has its own."""
         self._train_sums, self._sums = self._sums, {}
-        self._held_out: list[dict[str, Tensor]] = []
+        self._held_out = []
 
     def validation_step(self, batch: Minibatch, batch_idx: int) -> None:
         """Loss of held-out cells with z at its mean, and their predictions."""
@@ -224,11 +219,13 @@ class Objective(lightning.LightningModule):
         """Log held-out losses and label scores over the whole held-out set."""
         means = self._means()
         self.log_dict({name if name == "val_loss" else f"val_{name}": value for name, value in means.items()})
-        for a, axis in enumerate(self.axes):
+        for axis, leaves in self.leaves.items():
             probability = torch.cat([p[axis] for p in self._held_out]).float().numpy()
-            scores = score_axis(probability, self._leaf(a, axis), tuple(map(str, range(probability.shape[1]))))
+            scores = score_axis(probability, self.truth[axis], leaves)
             if scores is not None:
+                self.scores[axis] = scores
                 self.log_dict({f"val_{axis}_macro_f1": scores.macro_f1, f"val_{axis}_ece": scores.ece})
+                self.log_dict({f"val_{axis}_recall/{leaf}": recall for leaf, recall in scores.recall.items()})
         self._sums = self._train_sums
 
     def configure_optimizers(self) -> Any:
@@ -271,13 +268,6 @@ class Objective(lightning.LightningModule):
         self._sums = {}
         return means
 
-    def _leaf(self, a: int, axis: str) -> NDArray[np.int64]:
-        """True leaf of each held-out cell, -1 where its label allows several or is missing."""
-        allowed = self.get_buffer(f"allowed_{axis}").cpu().numpy()
-        single = np.append(np.where(allowed.sum(1) == 1, allowed.argmax(1), -1), -1)
-        leaf: NDArray[np.int64] = single[self.data.code_NA[self.split.validation, a].numpy()]
-        return leaf
-
 
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
@@ -293,12 +283,11 @@ def _hash(seed: int, step: int) -> int:
     return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def _checkpoint_folder(folder: Path, cohort: Cohort, split: PatientSplit, config: Config, n_epochs: int | None) -> Path:
+def _checkpoint_folder(folder: Path, cohort: Cohort, split: PatientSplit, config: Config) -> Path:
     """Folder of this very run's checkpoints; those of another run are gone."""
     settings = config.model_dump(mode="json", include={"model", "train", "labels", "seed", "ingest"})
     run_id = hashlib.sha256(
-        json.dumps([__version__, torch.__version__, cohort.store.content, settings, n_epochs]).encode()
-        + split.train.tobytes()
+        json.dumps([__version__, torch.__version__, cohort.store.content, settings]).encode() + split.train.tobytes()
     ).hexdigest()[:16]
     checkpoints = folder / "checkpoints" / run_id
     if not checkpoints.exists():
@@ -307,7 +296,15 @@ def _checkpoint_folder(folder: Path, cohort: Cohort, split: PatientSplit, config
     return checkpoints
 
 
+class _EarlyStopping(EarlyStopping):
+    """Early stopping that a run which had stopped remembers when it is started again."""
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        trainer.should_stop = self.wait_count >= self.patience
+
+
 def _callbacks(checkpoints: Path, *, held_out: bool, patience: int) -> list[Callback]:
+    """The keeper of checkpoints, and early stopping where something is held out."""
     keep = ModelCheckpoint(
         dirpath=checkpoints,
         filename="best",
@@ -317,25 +314,34 @@ def _callbacks(checkpoints: Path, *, held_out: bool, patience: int) -> list[Call
         save_on_train_epoch_end=True,
         enable_version_counter=False,
     )
-    if not held_out:
-        return [keep]
-    return [EarlyStopping("val_loss", patience=patience, check_on_train_epoch_end=True), keep]
+    return [keep, _EarlyStopping("val_loss", patience=patience, check_on_train_epoch_end=True)] if held_out else [keep]
 
 
 def _loggers(folder: Path, config: Config) -> list[Logger]:
+    """A CSV log always; W&B with the settings, but without study paths, patient names or what the machine is called."""
     loggers: list[Logger] = [CSVLogger(folder, name="", version="log")]
     if config.train.wandb != "disabled":
-        # the config without study paths and patient names: those never leave
-        shown = config.model_dump(mode="json", include={"seed", "labels", "model", "train"})
-        loggers.append(
-            WandbLogger(project="carvae", save_dir=folder, offline=config.train.wandb == "offline", config=shown)
+        import wandb
+
+        run = wandb.init(
+            project="carvae",
+            dir=folder,
+            mode=os.environ.get("WANDB_MODE") or config.train.wandb,  # type: ignore[arg-type]
+            config=config.model_dump(mode="json", include={"seed", "labels", "model", "train"}),
+            settings=wandb.Settings(
+                x_disable_meta=True, disable_git=True, disable_code=True, console="off", silent=True
+            ),
         )
+        loggers.append(WandbLogger(experiment=run))
     return loggers
 
 
-def _finish_loggers(loggers: list[Logger]) -> None:
+def _finish(loggers: Sequence[Logger], scores: dict[str, AxisScores]) -> None:
+    """Log the confusion matrices of the last held-out pass, and close."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
+            for axis, score in scores.items():
+                logger.log_table(f"confusion_{axis}", columns=["true", *score.leaves], data=score.confusion_rows())
             logger.experiment.finish()
 
 

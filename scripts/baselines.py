@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scanpy as sc
+import torch
 from scipy import sparse
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
@@ -66,7 +67,9 @@ def labelled(adata: AnnData) -> AnnData:
 
 def variable_genes(adata: AnnData, n_genes: int = N_GENES) -> NDArray[np.bool_]:
     """Highly variable genes by scanpy's ``seurat_v3`` on raw counts."""
+    n_threads = torch.get_num_threads()
     table = sc.pp.highly_variable_genes(adata, flavor="seurat_v3", n_top_genes=n_genes, inplace=False)
+    torch.set_num_threads(n_threads)  # numba's parallel kernels reset OpenMP for the whole process
     return np.asarray(table["highly_variable"], dtype=bool)
 
 
@@ -201,7 +204,9 @@ def reference_scvi(fold: Fold) -> Any:
     )
     plan = {"lr": RECIPE.lr, "n_epochs_kl_warmup": RECIPE.n_epochs_kl_warmup}
     model.train(RECIPE.epochs, plan_kwargs=plan, **QUIET)
-    model.save(str(folder), save_anndata=True)
+    partial = folder.with_suffix(".partial")
+    model.save(str(partial), save_anndata=True, overwrite=True)
+    partial.replace(folder)
     return model
 
 

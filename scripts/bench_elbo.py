@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import tempfile
 import time
 import warnings
@@ -28,9 +27,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
-
-for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
-    os.environ.setdefault(_variable, "1")
 
 import anndata as ad
 import lightning.pytorch as lightning
@@ -311,10 +307,10 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    torch.set_num_threads(1)
     config = Config.parse_overrides([*ARCHITECTURE, *RECIPE, *given.overrides])
     with tempfile.TemporaryDirectory() as temporary:
         task = prepare(given.data, config, Path(temporary))
+        torch.set_num_threads(1)  # here, since the choice of genes (numba) gives torch all threads again
         print(f"{task.train.n_obs} training cells, {len(task.held.batch_N)} held out, {task.train.n_vars} genes")
         carvae = run_carvae(task, config, Path(temporary) / "fit")
         scvi_last, curve = run_scvi(task, config.model, config.seed, given.scvi_epochs)

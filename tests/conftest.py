@@ -17,6 +17,8 @@ os.environ["WANDB_MODE"] = "offline"
 settings.register_profile("carvae", deadline=None, derandomize=True)
 settings.load_profile("carvae")
 
+from trained import World, build_world  # noqa: E402 - it imports nothing heavy, but the variables come first
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu"):
@@ -24,3 +26,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Simulated studies and a model trained on them (see ``trained.py``)."""
+    return build_world(tmp_path_factory.mktemp("world"))

@@ -1,10 +1,17 @@
-"""Files and folders that are either the old ones or the complete new ones, whenever the process dies."""
+"""Files and folders that are either the old ones or the complete new ones, whenever the process dies.
+
+The new one is written beside the old under a hidden name that tells host and process, so that what a killed process
+left is known for litter and goes with the next write.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import re
+import secrets
 import shutil
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,20 +24,22 @@ _RENAME_EXCHANGE = 2
 @contextmanager
 def replacing_file(target: Path) -> Iterator[Path]:
     """Yield a scratch path beside ``target`` that becomes ``target`` if the block succeeds, and vanishes if not."""
+    target = Path(os.path.realpath(target))  # a link stays a link: what it points to is replaced
     scratch = _scratch(target)
     try:
         yield scratch
         _sync(scratch)
         os.replace(scratch, target)
     finally:
-        scratch.unlink(missing_ok=True)
+        _remove(scratch)
 
 
 @contextmanager
 def replacing_folder(target: Path) -> Iterator[Path]:
     """Yield an empty scratch folder beside ``target`` that takes its place if the block succeeds."""
+    target = Path(os.path.realpath(target))
     scratch = _scratch(target)
-    scratch.mkdir(parents=True)
+    scratch.mkdir()
     try:
         yield scratch
         for file in scratch.rglob("*"):
@@ -41,13 +50,36 @@ def replacing_folder(target: Path) -> Iterator[Path]:
         else:
             os.rename(scratch, target)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        _remove(scratch)
 
 
 def _scratch(target: Path) -> Path:
+    """A path beside ``target`` that nothing else uses; what dead processes of this host left of it is removed."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    host = re.sub(r"\W", "-", socket.gethostname())
+    mine = re.compile(rf"\.{re.escape(target.stem)}\.{host}\.(\d+)\.[0-9a-f]{{8}}\.tmp{re.escape(target.suffix)}")
+    for entry in target.parent.iterdir():
+        if (found := mine.fullmatch(entry.name)) and not _runs(int(found.group(1))):
+            _remove(entry)
     # the ending is kept: writers choose the format by it
-    return target.with_name(f".{target.stem}.{os.getpid()}.tmp{target.suffix}")
+    return target.with_name(f".{target.stem}.{host}.{os.getpid()}.{secrets.token_hex(4)}.tmp{target.suffix}")
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
@@ -56,12 +88,16 @@ def _sync(path: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> None:
-    """Swap two folders in one step (Linux); elsewhere in two, between which ``b`` is missing for a moment."""
+    """Swap two paths in one step (Linux); elsewhere in two, between which ``b`` is missing for a moment."""
     if sys.platform == "linux":
         rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
         if rename and not rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE):
             return
     aside = _scratch(b.with_name(f"{b.name}.old"))
     os.rename(b, aside)
-    os.rename(a, b)
+    try:
+        os.rename(a, b)
+    except BaseException:
+        os.rename(aside, b)
+        raise
     os.rename(aside, a)

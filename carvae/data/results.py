@@ -6,9 +6,11 @@ written anew from its stream of counts.
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,15 +23,21 @@ import scipy.sparse as sp
 import zarr
 from anndata import AnnData
 from anndata.io import read_elem, sparse_dataset, write_elem
+from anndata.utils import make_index_unique
 from numpy.typing import NDArray
 
 from carvae.data.atomic import replacing_file, replacing_folder
 from carvae.data.readers import CountsSource
+from carvae.data.schema import harmonise
 from carvae.errors import ConfigError
 
 PREFIX = "carvae_"
 LATENT = "X_carvae"
 TABLES = (".csv", ".csv.gz")
+ZARR_CHUNK = 1 << 17
+"""Counts per file of a new zarr store; zarr would take one each for a matrix that begins empty."""
+ZARR_SUMMARY_FORMAT = 2
+"""Format of zarr whose specification knows a summary of all members (.zmetadata)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +94,12 @@ def check_output(query: Path, out: Path) -> None:
         raise ConfigError(f"--out {str(out)!r} says no format; end it in .h5ad, .zarr, .csv or .csv.gz")
     if out.exists() and query.exists() and out.resolve() == query.resolve():
         raise ConfigError(f"--out {str(out)!r} is the query itself; choose another name")
+    if not out.name.endswith(TABLES) and query.is_dir() and query.resolve() in out.resolve().parents:
+        raise ConfigError(
+            f"--out {str(out)!r} lies in the query and would be read as part of it; choose another folder"
+        )
+    if out.suffix != ".zarr" and out.is_dir():
+        raise ConfigError(f"--out {str(out)!r} is a folder; choose another name")
 
 
 def samples_path(out: Path) -> Path:
@@ -99,31 +113,51 @@ def _joined(obs: pd.DataFrame, results: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([kept, results.set_axis(kept.index)], axis=1)
 
 
+def _sample(source: CountsSource) -> NDArray[np.object_]:
+    """The sample of each cell, by whatever name the query calls it."""
+    sample: NDArray[np.object_] = (
+        harmonise(source.obs, source.name, {}, {}, require=())["sample"].astype(str).to_numpy(dtype=object)
+    )
+    return sample
+
+
+def _cells(sources: Sequence[CountsSource]) -> pd.DataFrame:
+    """The ``obs`` of all cells; of several sources with the sample as a column, and in barcodes that clash."""
+    if len(sources) == 1:
+        return sources[0].obs
+    obs = pd.concat(
+        [source.obs if "sample" in source.obs else source.obs.assign(sample=_sample(source)) for source in sources]
+    )
+    if not obs.index.is_unique:
+        obs.index = pd.Index([f"{cell}_{source.name}" for source in sources for cell in source.obs.index], dtype=object)
+    return obs
+
+
 def _table(sources: Sequence[CountsSource], results: CellResults) -> pd.DataFrame:
     """Cells as rows: barcode, sample where there are several, results, and the latent coordinates."""
-    latent = pd.DataFrame(
-        results.latent, index=results.obs.index, columns=[f"{LATENT}_{k + 1}" for k in range(results.latent.shape[1])]
-    )
-    table = pd.concat([results.obs, latent], axis=1)
+    cells = _cells(sources)
+    names = [f"{LATENT}_{k + 1}" for k in range(results.latent.shape[1])]
+    latent = pd.DataFrame(results.latent, index=cells.index, columns=names)
+    table = pd.concat([results.obs.set_axis(cells.index), latent], axis=1)
     if len(sources) > 1:
-        table.insert(0, "sample", np.concatenate([s.obs["sample"].astype(str).to_numpy() for s in sources]))
+        table.insert(0, "sample", np.concatenate([_sample(source) for source in sources]))
     return table
 
 
 def _write_adata(query: Path, sources: Sequence[CountsSource], results: CellResults, scratch: Path) -> None:
-    with ad.settings.override(allow_write_nullable_strings=False), ExitStack() as stack:
-        copied = query.suffix == scratch.suffix and len(sources) == 1
-        if copied and query.is_dir():
-            shutil.copytree(query, scratch, dirs_exist_ok=True)
-        elif copied:
-            shutil.copyfile(query, scratch)
-        root: Any = zarr.open_group(scratch, mode="a") if scratch.suffix == ".zarr" else h5py.File(scratch, "a")
-        if isinstance(root, h5py.File):
-            stack.enter_context(root)
+    copied = query.suffix == scratch.suffix and len(sources) == 1
+    if copied and query.is_dir():
+        shutil.copytree(query, scratch, dirs_exist_ok=True)
+    elif copied:
+        shutil.copyfile(query, scratch)
+    with _readable_by_others(), _opened(scratch) as root:
         if not copied:
             _write_counts(root, sources)
-        obs = read_elem(root["obs"]) if copied else pd.concat([source.obs for source in sources])
-        _write(root, "obs", _joined(obs, results.obs))
+        obs = read_elem(root["obs"]) if copied else _cells(sources)
+        _write(root, "obs", _plain(_joined(obs, results.obs)))
+        for part in ("obsm", "uns"):
+            if part not in root:
+                write_elem(root, part, {})
         for key in [k for k in root["obsm"] if k.startswith(PREFIX) or k == LATENT]:
             del root["obsm"][key]
         for key, values in results.obsm().items():
@@ -131,31 +165,76 @@ def _write_adata(query: Path, sources: Sequence[CountsSource], results: CellResu
         _write(root, "uns/carvae", results.uns)
 
 
-def _write(root: Any, key: str, value: Any) -> None:
+def _readable_by_others() -> AbstractContextManager[None]:
+    """Anndata's settings for plain strings and zarr v3, of which older versions lack some."""
+    wanted = {"allow_write_nullable_strings": False, "zarr_write_format": 3, "auto_shard_zarr_v3": False}
+    known: AbstractContextManager[None] = ad.settings.override(
+        **{name: value for name, value in wanted.items() if hasattr(ad.settings, name)}
+    )
+    return known
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The root of a file or store for writing; a zarr store's summary of its members must not hide what is new."""
+    if path.suffix != ".zarr":
+        with h5py.File(path, "a") as file:
+            yield file
+        return
+    yield zarr.open_group(path, mode="a", use_consolidated=False)
+    if zarr.open_group(path, mode="r", use_consolidated=False).metadata.zarr_format == ZARR_SUMMARY_FORMAT:
+        zarr.consolidate_metadata(path)
+        return
+    root = path / "zarr.json"
+    described = json.loads(root.read_text(encoding="utf-8"))
+    if described.pop("consolidated_metadata", None) is not None:
+        root.write_text(json.dumps(described), encoding="utf-8")
+
+
+def _plain(obs: pd.DataFrame) -> pd.DataFrame:
+    """The table with text as categories and names as plain strings, which R and older anndata read."""
+    plain = obs.copy()
+    plain.index = pd.Index(obs.index.astype(str), dtype=object, name=obs.index.name)
+    for position, column in enumerate(obs[name] for name in obs):
+        if isinstance(column.dtype, pd.CategoricalDtype) and isinstance(column.cat.categories.dtype, pd.StringDtype):
+            names = pd.Index(column.cat.categories.tolist(), dtype=object)
+            plain.isetitem(position, pd.Categorical.from_codes(column.cat.codes, names, ordered=column.cat.ordered))
+        elif isinstance(column.dtype, pd.StringDtype) or column.dtype == object:
+            plain.isetitem(position, pd.Categorical(column.astype("string").astype(object)))
+    return plain
+
+
+def _write(root: Any, key: str, value: Any, **zarr_settings: Any) -> None:
     if key in root:
         del root[key]
-    write_elem(root, key, value)
+    write_elem(root, key, value, dataset_kwargs={} if isinstance(root, h5py.File) else zarr_settings)
 
 
 def _write_counts(root: Any, sources: Sequence[CountsSource]) -> None:
     """A new AnnData with the sources' counts, over the genes that all of them have, appended chunk by chunk."""
-    genes = _shared_genes(sources)
-    ids = sources[0].gene_ids
-    var = pd.DataFrame(index=pd.Index(genes, dtype=object))
-    if ids is not None:
-        position = pd.Index(sources[0].genes).get_indexer(pd.Index(genes))
-        var["gene_ids"] = [ids[i] for i in position]
-    write_elem(root, "/", AnnData(sp.csr_matrix((0, len(genes)), dtype=np.int32), var=var))
-    _write(root, "X", sp.csr_matrix((0, len(genes)), dtype=np.int32))
+    keys = [_gene_keys(source) for source in sources]
+    held = set.intersection(*map(set, keys))
+    wanted = [key for key in keys[0] if key in held]
+    columns = [pd.Index(of_source).get_indexer(pd.Index(wanted)) for of_source in keys]
+    first = sources[0]
+    names = make_index_unique(pd.Index([first.genes[i] for i in columns[0]], dtype=object))
+    var = pd.DataFrame(index=names)
+    if first.gene_ids is not None:
+        var["gene_ids"] = [first.gene_ids[i] for i in columns[0]]
+    write_elem(root, "/", AnnData(sp.csr_matrix((0, len(wanted)), dtype=np.int32), var=var))
+    _write(root, "X", sp.csr_matrix((0, len(wanted)), dtype=np.int32), chunks=(ZARR_CHUNK,))
     counts = sparse_dataset(root["X"])
-    for source in sources:
-        columns = pd.Index(source.genes).get_indexer(pd.Index(genes))
-        same = list(source.genes) == genes
+    for source, own in zip(sources, columns, strict=True):
+        same = np.array_equal(own, np.arange(len(source.genes)))
         for chunk in source.chunks():
-            counts.append(chunk if same else chunk[:, columns].tocsr())
+            counts.append(chunk if same else chunk[:, own].tocsr())
 
 
-def _shared_genes(sources: Sequence[CountsSource]) -> list[str]:
-    first = list(sources[0].genes)
-    others = [set(source.genes) for source in sources[1:]]
-    return [gene for gene in first if all(gene in other for other in others)]
+def _gene_keys(source: CountsSource) -> list[str]:
+    """What tells each gene of a source from the others: its name, and which of that name it is."""
+    seen = Counter[str]()
+    keys = []
+    for gene in source.genes:
+        keys.append(f"{gene}\t{seen[gene]}")
+        seen[gene] += 1
+    return keys

@@ -67,7 +67,7 @@ class CountsCSR:
         """
         library_N = self.library_N().double()
         gene_M, count_M = self.gene_M.long(), self.count_M.double()
-        total_G = torch.zeros(self.n_genes, dtype=torch.float64).index_add_(0, gene_M, count_M)
+        total_G = count_M.new_zeros(self.n_genes).index_add_(0, gene_M, count_M)
         square_G = torch.zeros_like(total_G).index_add_(0, gene_M, count_M.square()) / self.n_cells
         share_G = total_G / library_N.sum().clamp(min=1)
         expected_G = share_G.square() * library_N.square().mean()

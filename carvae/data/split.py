@@ -29,7 +29,8 @@ def split_patients(
 
     Patients differ in size by orders of magnitude, so of `N_DRAWS` random sets of ``round(share * patients)``
     (at least one) patients the one nearest to the wanted share of labelled cells (of cells, where none is labelled)
-    is taken. With a share of 0, or a single patient, nothing is held out.
+    is taken; sets that leave either side without labelled cells come last. With a share of 0, or a single patient,
+    nothing is held out.
 
     Parameters
     ----------
@@ -38,15 +39,21 @@ def split_patients(
     labelled
         Whether the cell bears a label.
     """
+    patient = patient.astype(str)
     names = np.array(sorted(set(patient)))
     everyone = np.arange(len(patient), dtype=np.int64)
     if share == 0 or names.size == 1:
         return PatientSplit(everyone, everyone[:0], ())
     size = pd.Series(labelled if labelled.any() else np.ones(len(patient)), index=patient.index)
-    per_patient = size.groupby(patient.astype(str)).sum().reindex(names).to_numpy(dtype=float)
+    per_patient = size.groupby(patient).sum().reindex(names).to_numpy(dtype=float)
     n_held = min(max(1, round(share * names.size)), names.size - 1)
     draws = [rng.choice(names.size, n_held, replace=False) for _ in range(N_DRAWS)]
-    wanted = share * per_patient.sum()
-    held = names[np.sort(min(draws, key=lambda d: abs(per_patient[d].sum() - wanted)))]
+    total = per_patient.sum()
+
+    def misfit(draw: NDArray[np.intp]) -> tuple[bool, bool, float]:
+        labelled_cells = float(per_patient[draw].sum())
+        return labelled_cells == total, labelled_cells == 0, abs(labelled_cells - share * total)
+
+    held = names[np.sort(min(draws, key=misfit))]
     out = patient.isin(held).to_numpy()
     return PatientSplit(everyone[~out], everyone[out], tuple(str(p) for p in held))

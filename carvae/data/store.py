@@ -26,6 +26,8 @@ CHUNK = 1 << 17
 """Entries of a compressed chunk."""
 SHARD = 1 << 22
 """Entries of a shard (one file)."""
+WHOLE: Any = {"write_empty_chunks": True}
+"""Parts that hold nothing but zeros are written too, so that one which is not there was lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +60,13 @@ class StoreWriter:
     def __init__(self, path: Path, header: StoreHeader, measured: NDArray[np.bool_]) -> None:
         self.header = header
         self._group = zarr.open_group(path, mode="w", zarr_format=3)
-        self._group.create_array("measured", data=measured)
+        self._group.create_array("measured", data=measured, config=WHOLE)
         index_type = np.uint16 if len(header.genes) <= np.iinfo(np.uint16).max + 1 else np.uint32
         self._gene = self._grow("gene", index_type)
         self._count = self._grow("count", np.uint32)
         self._indptr: list[NDArray[np.int64]] = [np.zeros(1, np.int64)]
         self._obs: list[pd.DataFrame] = []
-        self._content = hashlib.sha256()
+        self._content = {part: hashlib.sha256() for part in ("size", "gene", "count")}
         self._pending: list[sp.csr_matrix] = []
         self._n_entries = 0
 
@@ -76,9 +78,9 @@ class StoreWriter:
         self._indptr.append(counts.indptr[1:].astype(np.int64) + self._indptr[-1][-1])
         self._obs.append(obs)
         self._pending.append(counts)
-        self._content.update(counts.indptr.astype(np.int64).tobytes())
-        self._content.update(counts.indices.astype(np.int64).tobytes())
-        self._content.update(counts.data.astype(np.int64).tobytes())
+        self._content["size"].update(np.diff(counts.indptr).astype(np.int64).tobytes())
+        self._content["gene"].update(counts.indices.astype(np.int64).tobytes())
+        self._content["count"].update(counts.data.astype(np.int64).tobytes())
         if sum(block.nnz for block in self._pending) >= SHARD:
             self._flush(whole_shards=True)
 
@@ -86,7 +88,7 @@ class StoreWriter:
         """Write what is left; the store is complete afterwards."""
         self._flush(whole_shards=False)
         indptr = np.concatenate(self._indptr)
-        self._group.create_array("indptr", data=indptr, chunks=(min(CHUNK, indptr.size),))
+        self._group.create_array("indptr", data=indptr, chunks=(min(CHUNK, indptr.size),), config=WHOLE)
         obs = pd.concat(self._obs, ignore_index=True)
         for name in obs:
             self._write_column(str(name), obs[name])
@@ -94,7 +96,7 @@ class StoreWriter:
             {
                 "format": FORMAT,
                 "fingerprint": self.header.fingerprint,
-                "content": self._content.hexdigest(),
+                "content": self._fingerprint(obs),
                 "genes": list(self.header.genes),
                 "studies": list(self.header.studies),
                 "receipt": self.header.receipt,
@@ -102,8 +104,15 @@ class StoreWriter:
             }
         )
 
+    def _fingerprint(self, obs: pd.DataFrame) -> str:
+        """Hash of all cells, counts and columns, however they were cut into chunks."""
+        whole = hashlib.sha256("".join(part.hexdigest() for part in self._content.values()).encode())
+        whole.update("\t".join(map(str, obs)).encode())
+        whole.update(pd.util.hash_pandas_object(obs, index=False).to_numpy().tobytes())
+        return whole.hexdigest()
+
     def _grow(self, name: str, dtype: Any) -> zarr.Array[Any]:
-        return self._group.create_array(name, shape=(0,), dtype=dtype, chunks=(CHUNK,), shards=(SHARD,))
+        return self._group.create_array(name, shape=(0,), dtype=dtype, chunks=(CHUNK,), shards=(SHARD,), config=WHOLE)
 
     def _flush(self, *, whole_shards: bool) -> None:
         """Write pending entries; only whole shards before the end, so that no shard is written twice."""
@@ -121,10 +130,10 @@ class StoreWriter:
 
     def _write_column(self, name: str, column: pd.Series[Any]) -> None:
         if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
-            self._group.create_array(f"obs/{name}", data=column.to_numpy(np.float64))
+            self._group.create_array(f"obs/{name}", data=column.to_numpy(np.float64), config=WHOLE)
             return
         codes, categories = pd.factorize(column.astype("string"), sort=True)
-        array = self._group.create_array(f"obs/{name}", data=codes.astype(np.int32))
+        array = self._group.create_array(f"obs/{name}", data=codes.astype(np.int32), config=WHOLE)
         array.attrs["categories"] = [str(c) for c in categories]
 
 
@@ -148,6 +157,9 @@ class CellStore:
             )
             self.content = str(attrs["content"])
             self.columns = tuple(str(name) for name in attrs["columns"])
+            arrays = ("measured", "indptr", "gene", "count", *(f"obs/{name}" for name in self.columns))
+            if lost := [name for name in arrays if _lost(self._array(name))]:
+                raise ReadError(f"store {path} has lost a part of {' and '.join(lost)}; delete it and ingest again")
         except (KeyError, OSError, ValueError, TypeError, json.JSONDecodeError) as error:
             raise ReadError(
                 f"{path} is no complete carvae store ({type(error).__name__}); delete it and ingest again"
@@ -155,21 +167,20 @@ class CellStore:
 
     @property
     def n_cells(self) -> int:
-        """N."""
+        """N, the number of cells."""
         return int(self._array("indptr").shape[0]) - 1
 
     @property
     def measured(self) -> NDArray[np.bool_]:
         """Bool [n_studies, G], which panel genes each study measured."""
-        return np.asarray(self._array("measured")[:], dtype=np.bool_)
+        return self._values("measured").astype(np.bool_)
 
     def obs(self) -> pd.DataFrame:
         """The contract's columns of every cell, categories where they are text."""
         columns: dict[str, Any] = {}
         for name in self.columns:
-            array = self._array(f"obs/{name}")
-            values: Any = np.asarray(array[:])
-            categories: Any = array.attrs.get("categories")
+            values = self._values(f"obs/{name}")
+            categories: Any = self._array(f"obs/{name}").attrs.get("categories")
             columns[name] = values if categories is None else pd.Categorical.from_codes(values, categories)
         return pd.DataFrame(columns)
 
@@ -179,18 +190,31 @@ class CellStore:
 
     def chunks(self, size: int) -> Iterator[sp.csr_matrix]:
         """Panel counts, ``size`` cells at a time, in order."""
-        indptr = np.asarray(self._array("indptr")[:], dtype=np.int64)
+        indptr = self._values("indptr").astype(np.int64)
         for start in range(0, self.n_cells, size):
             stop = min(start + size, self.n_cells)
             first, last = int(indptr[start]), int(indptr[stop])
-            gene = np.asarray(self._array("gene")[first:last]).astype(np.int32)
-            count = np.asarray(self._array("count")[first:last]).astype(np.float32)
+            gene = self._values("gene", first, last).astype(np.int32)
+            count = self._values("count", first, last).astype(np.float32)
             yield sp.csr_matrix(
                 (count, gene, indptr[start : stop + 1] - first), shape=(stop - start, len(self.header.genes))
             )
+
+    def _values(self, name: str, first: int = 0, last: int | None = None) -> NDArray[Any]:
+        try:
+            return np.asarray(self._array(name)[first:last])
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ReadError(
+                f"{self.path}/{name} is damaged ({type(error).__name__}); delete the store and ingest again"
+            ) from None
 
     def _array(self, name: str) -> zarr.Array[Any]:
         array = self._group[name]
         if not isinstance(array, zarr.Array):
             raise ReadError(f"{self.path}/{name} is not an array; delete the store and ingest again")
         return array
+
+
+def _lost(array: zarr.Array[Any]) -> bool:
+    """Whether a part is missing, which zarr would read as zeros."""
+    return bool(array.nchunks_initialized < array.nchunks)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from carvae.errors import LabelError, join_problems
@@ -48,7 +49,7 @@ def label_cells(
     label
         Author's label of each cell, empty where missing.
     study
-        Study of each cell; cells of a study lie together, in the order of ``how``.
+        Study of each cell, one of ``how``.
     how
         Study -> how its labels are read.
     tree_file
@@ -65,11 +66,12 @@ def label_cells(
     if weak is None and not any(entry.labelled for entry in how.values()):
         return None
     tree = LabelTree.read(tree_file) if tree_file else _flat(label, study, how)
-    parts, problems = [], []
+    parts, rows, problems = [], [], []
     for name, entry in how.items():
         cells = (study == name).to_numpy()
         if not cells.any():
             continue
+        rows.append(np.flatnonzero(cells))
         try:
             mapping = None if entry.mapping is None else Mapping.read(entry.mapping)
             parts.append(encode(label[cells], tree, mapping, ("", *entry.missing)))
@@ -80,7 +82,9 @@ def label_cells(
             problems.append(f"study {name!r}: {error}")
     if problems:
         raise LabelError(problems[0] if len(problems) == 1 else join_problems("labels cannot be used", problems))
-    return CohortLabels(*prune(tree, concatenate(parts)))
+    by_study = np.concatenate(rows)
+    assert by_study.size == len(label), "a cell is of no study"
+    return CohortLabels(*prune(tree, concatenate(parts).take(np.argsort(by_study))))
 
 
 def _flat(label: pd.Series[str], study: pd.Series[str], how: MappingOf[str, StudyLabels]) -> LabelTree:

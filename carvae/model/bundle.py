@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from carvae.config import ModelConfig
+from carvae.config import ModelConfig, PredictConfig
 from carvae.data.atomic import replacing_folder
-from carvae.data.genes import GeneReceipt, GeneTable, align
-from carvae.data.readers import CountsSource, open_source
-from carvae.errors import BundleError, GeneError
+from carvae.data.genes import GeneAlignment, GeneTable, ResolvedGenes, align
+from carvae.data.readers import open_source
+from carvae.errors import BundleError, GeneError, LabelError
 from carvae.labels.signatures import Signatures
 from carvae.labels.tree import LabelTree
 from carvae.model.network import Network, Prediction
@@ -49,7 +49,7 @@ class Provenance:
     carvae_version: str
     seed: int
     data_fingerprint: str
-    """Hash of all training counts."""
+    """Hash of all training cells, their counts and columns."""
     n_cells: int
     n_patients: int
     n_studies: int
@@ -85,13 +85,13 @@ class Bundle:
     @property
     def axes(self) -> tuple[str, ...]:
         """Label axes, the first being the one called state where there is one."""
-        return () if self.tree is None else tuple(axis.name for axis in self.tree.axes)
+        names = () if self.tree is None else tuple(axis.name for axis in self.tree.axes)
+        return tuple(sorted(names, key=lambda name: name != "state"))
 
     def save(self, path: Path | str) -> Path:
         """Write the bundle; the folder is replaced as a whole or not at all. Returns its path."""
         path = Path(path)
-        if path.exists() and not (path / "model.json").exists() and (not path.is_dir() or any(path.iterdir())):
-            raise BundleError(f"{path} exists and is no bundle; choose another output, nothing there was touched")
+        check_place(path)
         with replacing_folder(path) as scratch:
             save_file(_tensors(self.network), scratch / FILES[0])
             (scratch / FILES[1]).write_text(self.card, encoding="utf-8")
@@ -124,26 +124,27 @@ class Bundle:
         )
         return probability if soft else probability.idxmax(axis=1).astype(str)
 
-    def align(self, source: CountsSource, min_overlap: float = 0.0) -> tuple[sp.csr_matrix, GeneReceipt]:
-        """How the genes of a query map onto the panel: a matrix [query genes, panel] and the receipt.
+    def align(self, resolved: ResolvedGenes, min_overlap: float) -> GeneAlignment:
+        """How the genes of a query map onto the panel.
 
         Raises
         ------
         GeneError
             Fewer than ``min_overlap`` of the panel's genes are in the query.
         """
-        alignment = align(GeneTable.default().resolve(source.genes, source.gene_ids), self.genes)
-        receipt = alignment.receipt
-        if receipt.overlap < min_overlap:
+        alignment = align(resolved, self.genes)
+        if alignment.receipt.overlap < min_overlap:
             raise GeneError(
-                f"only {receipt.overlap:.0%} of the model's {len(self.genes)} genes are in the query, the least is "
-                f"{min_overlap:.0%}; give the unfiltered matrix, or a model trained on a panel that your assay measures"
+                f"only {alignment.receipt.overlap:.0%} of the model's {len(self.genes)} genes are in the query, and "
+                f"predict.min_overlap asks for {min_overlap:.0%}; give the unfiltered matrix, or a model trained on "
+                "genes that your assay measures"
             )
-        return alignment.matrix, receipt
+        return alignment
 
     def _predict(self, adata: AnnData) -> Prediction:
         source = open_source(adata)
-        matrix, _ = self.align(source, min_overlap=0.4)
+        resolved = GeneTable.default().resolve(source.genes, source.gene_ids)
+        matrix = self.align(resolved, PredictConfig().min_overlap).matrix
         return self.network.predict(sp.vstack([chunk @ matrix for chunk in source.chunks()]).tocsr())
 
     def _describe(self, folder: Path) -> dict[str, Any]:
@@ -171,16 +172,12 @@ def load(path: Path | str, device: str = "auto") -> Bundle:
     """
     path = Path(path)
     spec, own_hash = _read_description(path)
-    for name, expected in spec["files"].items():
-        if name not in FILES or not (path / name).is_file():
-            raise BundleError(f"bundle {path} lacks {name!r}; copy the whole folder again")
-        if hashlib.sha256((path / name).read_bytes()).hexdigest() != expected:
-            raise BundleError(f"{path / name} was changed after the model was saved; copy the folder again or retrain")
     try:
+        _check_files(path, spec["files"])
         config = ModelConfig(**spec["architecture"])
         tree = None if spec["tree"] is None else LabelTree.from_dict(spec["tree"])
         bundle = Bundle(
-            network=Network(len(spec["genes"]), spec["covariates"], leaf_parts(tree, config), config),
+            network=_network(load_file(path / FILES[0]), len(spec["genes"]), spec["covariates"], tree, config),
             genes=tuple(spec["genes"]),
             tree=tree,
             signatures=Signatures.from_dict(spec["signatures"]),
@@ -192,14 +189,62 @@ def load(path: Path | str, device: str = "auto") -> Bundle:
             card=(path / "card.md").read_text(encoding="utf-8"),
             bundle_id=own_hash[:12],
         )
-        bundle.network.load_state_dict(load_file(path / FILES[0]))
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+    except BundleError as error:
+        raise BundleError(f"bundle {path}: {error}") from None
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, LabelError, SafetensorError) as error:
         raise BundleError(f"bundle {path} does not describe a model ({type(error).__name__}: {error})") from None
-    if not all(bool(torch.isfinite(p).all()) for p in bundle.network.parameters()):
-        raise BundleError(f"bundle {path} holds weights that are not finite; retrain it")
     target = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     bundle.network.to(target).eval()
     return bundle
+
+
+def check_place(path: Path) -> None:
+    """Raise BundleError where saving a bundle to ``path`` would take away anything but an older bundle."""
+    if not path.exists():
+        return
+    foreign = (
+        sorted({entry.name for entry in path.iterdir()} - {"model.json", *FILES}) if path.is_dir() else [path.name]
+    )
+    if foreign:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise BundleError(
+            f"{path} holds {foreign[0]!r}{more}, which is no part of a bundle; choose another output, or move that away; "
+            "nothing there was touched"
+        )
+
+
+def _check_files(path: Path, hashes: dict[str, str]) -> None:
+    if set(hashes) != set(FILES):
+        raise BundleError(f"model.json names {', '.join(sorted(hashes)) or 'no files'}, not {', '.join(sorted(FILES))}")
+    for name, expected in hashes.items():
+        if not (path / name).is_file():
+            raise BundleError(f"{name!r} is missing; copy the whole folder again")
+        if hashlib.sha256((path / name).read_bytes()).hexdigest() != expected:
+            raise BundleError(f"{name!r} was changed after the model was saved; copy the folder again or retrain")
+
+
+def _network(
+    weights: dict[str, torch.Tensor],
+    n_genes: int,
+    n_categories: dict[str, int],
+    tree: LabelTree | None,
+    config: ModelConfig,
+) -> Network:
+    """The network with these weights; its size is that of the weights before any memory is taken for it."""
+    if config.n_layers > len(weights):
+        raise BundleError(f"the model has {config.n_layers} layers and weights for fewer; retrain it")
+    parts = {}
+    for a, axis in enumerate(() if tree is None else tree.axes):
+        parts[axis.name] = weights[f"head.axes.{a}.parts_SF"]
+        if len(parts[axis.name]) != len(axis.leaves):
+            raise BundleError(f"axis {axis.name!r} has {len(axis.leaves)} labels and weights for another number")
+    for name, tensor in weights.items():
+        if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
+            raise BundleError(f"the weights {name!r} are not finite numbers of 32 bits; retrain the model")
+    with torch.device("meta"):
+        network = Network(n_genes, n_categories, parts, config)
+    network.load_state_dict(weights, assign=True)
+    return network
 
 
 def _read_description(path: Path) -> tuple[dict[str, Any], str]:
@@ -210,6 +255,17 @@ def _read_description(path: Path) -> tuple[dict[str, Any], str]:
     if file.stat().st_size > MAX_MODEL_JSON:
         raise BundleError(f"{file} is larger than any model description; this is no carvae bundle")
     raw = file.read_bytes()
+    try:
+        spec = json.loads(raw)
+        layout = spec["format"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        layout = None
+    if not isinstance(layout, int):
+        raise BundleError(
+            f"{file} is no model description; the file was changed or is incomplete, copy the folder again"
+        )
+    if layout > FORMAT:
+        raise BundleError(f"bundle {path} has layout {layout}, newer than {FORMAT}; upgrade carvae")
     stated = re.search(rb'"sha256": "([0-9a-f]{64})"', raw)
     if stated is None:
         raise BundleError(f"{file} bears no hash; the file was changed or is incomplete, copy the folder again")
@@ -217,9 +273,6 @@ def _read_description(path: Path) -> tuple[dict[str, Any], str]:
     own = stated.group(1).decode()
     if hashlib.sha256(blank).hexdigest() != own:
         raise BundleError(f"{file} was changed after the model was saved; copy the folder again or retrain")
-    spec: dict[str, Any] = json.loads(raw)
-    if spec.get("format", 0) > FORMAT:
-        raise BundleError(f"bundle {path} has layout {spec['format']}, newer than {FORMAT}; upgrade carvae")
     return spec, own
 
 

@@ -55,6 +55,11 @@ class Cohort:
                 f"model.covariates names {', '.join(map(repr, unknown))}, which the studies do not have; "
                 f"map it in ingest.studies.*.obs, or choose from {', '.join(obs.columns)}"
             )
+        if empty := [name for name in config.model.covariates if obs[name].isna().all()]:
+            raise ConfigError(
+                f"model.covariates names {', '.join(map(repr, empty))}, which no cell has a value of; leave it out, or "
+                "map it in ingest.studies.*.obs"
+            )
         codes = {name: obs[name].astype("category").cat.codes.to_numpy(np.int64) for name in config.model.covariates}
         return cls(
             store=store,
@@ -83,6 +88,15 @@ class Cohort:
     def weak(self) -> bool:
         """Whether any label was derived from signatures."""
         return self.cohort_labels is not None and self.cohort_labels.labels.weak
+
+    def true_leaf(self, axis: str) -> NDArray[np.int32]:
+        """Leaf of each cell by its author, -1 where the label is missing, allows several leaves, or is weak.
+
+        Weak labels are never evaluated: the genes they were derived from are in the model's input.
+        """
+        assert self.cohort_labels is not None
+        labels = self.cohort_labels.labels[axis]
+        return np.where(labels.weak, -1, labels.leaf).astype(np.int32)
 
     def allowed(self) -> dict[str, torch.Tensor]:
         """Label axis -> bool [sets, S], the leaves that each label set allows."""

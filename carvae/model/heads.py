@@ -29,11 +29,13 @@ class StateHead(nn.Module):
 
     def __init__(self, parts: Mapping[str, Tensor], config: ModelConfig) -> None:
         super().__init__()
-        self.axes = nn.ModuleDict({axis: _PartsClassifier(parts_SF, config) for axis, parts_SF in parts.items()})
+        self.names = tuple(parts)  # beside the modules: torch cannot call a module "type" or "a.b"
+        self.axes = nn.ModuleList(_PartsClassifier(parts_SF, config) for parts_SF in parts.values())
 
     def forward(self, z_NK: Tensor) -> dict[str, Tensor]:
         """Log probability of each leaf, [N, S] for every axis."""
-        return {axis: torch.log_softmax(classifier(z_NK).float(), 1) for axis, classifier in self.axes.items()}
+        logits = {name: classifier(z_NK).float() for name, classifier in zip(self.names, self.axes, strict=True)}
+        return {name: torch.log_softmax(logits_NS, 1) for name, logits_NS in logits.items()}
 
 
 class _PartsClassifier(nn.Module):

@@ -36,10 +36,10 @@ class _NegativeBinomial(torch.autograd.Function):
         p_NG = torch.softmax(logits_NG, 1)
         u_NG = (p_NG * library_N[:, None]).mul_((theta_G + EPS).reciprocal())
         log1p_NG = u_NG.log1p()
-        flat_M, x_M = _position_M(counts), counts.count_M.double()
-        u_M, theta_M = u_NG.view(-1)[flat_M].double(), theta_G.double()[counts.gene_M]
+        flat_M, x_M, theta64_G = _position_M(counts), counts.count_M.double(), theta_G.double()
+        u_M, theta_M = u_NG.view(-1)[flat_M].double(), theta64_G[counts.gene_M]
         mu_M, total_M = u_M * (theta_M + EPS), (1 + u_M) * (theta_M + EPS)
-        loglik_M = _at_counts(x_M, mu_M, total_M, theta_G, counts)
+        loglik_M = _at_counts(x_M, mu_M, total_M, theta64_G, counts.gene_M)
         loglik_N = _sum_by_cell(loglik_M, counts).to(p_NG.dtype) - log1p_NG @ theta_G
 
         share_NG = u_NG.div_(u_NG + 1)  # mu / (theta + mu + eps)
@@ -56,9 +56,9 @@ class _NegativeBinomial(torch.autograd.Function):
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
         dlogits_NG, dtheta_NG, theta_G, total_M = ctx.saved_tensors
         counts: CountsCSR = ctx.counts
-        x_M, theta_M = counts.count_M.double(), theta_G.double()[counts.gene_M]
-        digamma_M = theta_G.double().digamma()[counts.gene_M]
-        at_counts_M = (x_M + theta_M).digamma() - digamma_M - x_M / total_M
+        x_M, theta64_G = counts.count_M.double(), theta_G.double()
+        digamma_M = (x_M + theta64_G[counts.gene_M]).digamma() - theta64_G.digamma()[counts.gene_M]
+        at_counts_M = digamma_M - x_M / total_M
         dense_G = (grad_N @ dtheta_NG).double()
         dtheta_G = dense_G.index_add(0, counts.gene_M, grad_N.double()[counts.cell_M()] * at_counts_M)
         return dlogits_NG * grad_N[:, None], (-dtheta_G * theta_G).to(theta_G.dtype), None, None
@@ -69,10 +69,9 @@ def _position_M(counts: CountsCSR) -> Tensor:
     return counts.cell_M() * counts.n_genes + counts.gene_M
 
 
-def _at_counts(x_M: Tensor, mu_M: Tensor, total_M: Tensor, theta_G: Tensor, counts: CountsCSR) -> Tensor:
+def _at_counts(x_M: Tensor, mu_M: Tensor, total_M: Tensor, theta_G: Tensor, gene_M: Tensor) -> Tensor:
     """What log NB of a count adds to that of a zero, ``total`` being theta + mu + eps; zero for a stored zero."""
-    theta_M, lgamma_M = theta_G.double()[counts.gene_M], theta_G.double().lgamma()[counts.gene_M]
-    gamma_M = (x_M + theta_M).lgamma() - lgamma_M - (x_M + 1).lgamma()
+    gamma_M = (x_M + theta_G[gene_M]).lgamma() - theta_G.lgamma()[gene_M] - (x_M + 1).lgamma()
     return x_M * ((mu_M + EPS).log() - total_M.log()) + gamma_M
 
 
@@ -115,8 +114,8 @@ def zinb_loss(
     a_NG = -theta_G * (mu_NG / (theta_G + EPS)).log1p() - zero_logits_NG
     as_zero_NG = functional.softplus(a_NG) - functional.softplus(-zero_logits_NG)
     as_zero_NG = as_zero_NG.masked_fill(logits_NG.isneginf(), 0.0)
-    flat_M, x_M = _position_M(counts), counts.count_M.double()
+    flat_M, x_M, theta64_G = _position_M(counts), counts.count_M.double(), theta_G.double()
     a_M, mu_M = a_NG.view(-1)[flat_M].double(), mu_NG.view(-1)[flat_M].double()
-    nb_M = _at_counts(x_M, mu_M, mu_M + (theta_G.double()[counts.gene_M] + EPS), theta_G, counts)
+    nb_M = _at_counts(x_M, mu_M, mu_M + (theta64_G[counts.gene_M] + EPS), theta64_G, counts.gene_M)
     loglik_M = (nb_M + a_M - functional.softplus(a_M)).masked_fill(x_M == 0, 0.0)
     return -(as_zero_NG.sum(1) + _sum_by_cell(loglik_M, counts).to(as_zero_NG.dtype))

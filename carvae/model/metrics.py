@@ -33,6 +33,10 @@ class AxisScores:
     """Rows: true leaf, columns: predicted leaf, in the order of ``leaves``."""
     leaves: list[str]
 
+    def confusion_rows(self) -> list[list[str | int]]:
+        """The confusion matrix as rows of a table: the true leaf, then the cells of each predicted leaf."""
+        return [[leaf, *row] for leaf, row in zip(self.leaves, self.confusion, strict=True)]
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from carvae.config import ModelConfig, PredictConfig
+from carvae.data.genes import GeneTable
 from carvae.data.readers import open_source
 from carvae.errors import BundleError, join_problems
 from carvae.model.bundle import Bundle
@@ -193,7 +194,7 @@ def carvae_state(
     for name, column in zip(n_categories, columns, strict=True):
         row = weight.new_zeros(1, weight.shape[0])
         own[f"decoder.tables.{name}.weight"] = column.t() if column.numel() else row
-    return {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in own.items()}
+    return {name: tensor.detach().cpu() for name, tensor in own.items()}
 
 
 def _encoder_layer(i: int, kind: str) -> str:
@@ -286,10 +287,11 @@ def _panel_cells(bundle: Bundle, adata: AnnData, columns: Mapping[str, pd.Catego
     from anndata import AnnData
 
     source = open_source(adata)
-    matrix, receipt = bundle.align(source, PredictConfig().min_overlap)
-    counts = sp.vstack([chunk @ matrix for chunk in source.chunks()]).tocsr().astype(np.float32)
+    resolved = GeneTable.default().resolve(source.genes, source.gene_ids)
+    aligned = bundle.align(resolved, PredictConfig().min_overlap)
+    counts = sp.vstack([chunk @ aligned.matrix for chunk in source.chunks()]).tocsr().astype(np.float32)
     obs = adata.obs.assign(**{PREFIX + name: column for name, column in columns.items()})
-    uns = {"carvae": {"bundle": bundle.bundle_id, "genes": receipt.to_dict()}}
+    uns = {"carvae": {"bundle": bundle.bundle_id, "genes": aligned.receipt.to_dict()}}
     return AnnData(counts, obs=obs, var=pd.DataFrame(index=list(bundle.genes)), uns=uns)
 
 
@@ -303,7 +305,8 @@ def _scvi_categories(model: SCVI) -> dict[str, tuple[str, ...]]:
     if setup["batch_key"] is not None:
         found[setup["batch_key"]] = manager.get_state_registry(REGISTRY_KEYS.BATCH_KEY).categorical_mapping
     if setup["categorical_covariate_keys"]:
-        found |= manager.get_state_registry(REGISTRY_KEYS.CAT_COVS_KEY).mappings
+        registry = manager.get_state_registry(REGISTRY_KEYS.CAT_COVS_KEY)
+        found |= {name: registry.mappings[name] for name in registry.field_keys}  # the mappings' own order is another
     return {str(name): tuple(str(category) for category in names) for name, names in found.items()}
 
 
@@ -316,8 +319,6 @@ def _misfits(model: SCVI, categories: Mapping[str, tuple[str, ...]]) -> list[str
         "latent_distribution": ("normal",),
         "log_variational": (True,),
         "batch_representation": ("one-hot",),
-        "use_observed_lib_size": (True,),
-        "use_size_factor_key": (False,),
     }
     given = {name: getattr(module, name) for name in wanted}
     found = [
@@ -328,6 +329,10 @@ def _misfits(model: SCVI, categories: Mapping[str, tuple[str, ...]]) -> list[str
     found += [f"{name} is 1, the least is 2" for name in ("n_latent", "n_hidden") if getattr(module, name) == 1]
     found += _layer_misfits("encoder", module.z_encoder.encoder.fc_layers)
     found += _layer_misfits("decoder", module.decoder.px_decoder.fc_layers)
+    if not module.use_observed_lib_size:
+        found.append("the library size is inferred (use_observed_lib_size)")
+    if module.use_size_factor_key:
+        found.append("the library size is a column of its own (size_factor_key)")
     if module.encode_covariates and categories:
         found.append("the encoder sees the covariates (encode_covariates)")
     if module.decoder.px_decoder.inject_covariates and module.n_layers > 1 and categories:

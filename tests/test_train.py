@@ -1,0 +1,376 @@
+"""Training: the same weights every time, also after kill -9; schedules that complete; scores of held-out patients."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from trained import STUDIES, World, carvae, settings, sha256, write_config
+
+import carvae.train  # noqa: F401 - the verb hides the module
+from carvae.config import Config
+from carvae.data.loader import Minibatch
+from carvae.data.split import split_patients
+from carvae.data.store import CellStore
+from carvae.errors import TrainError
+from carvae.ingest import run as ingest
+from carvae.ingest import work_folder
+from carvae.model.bundle import load
+from carvae.model.cohort import Cohort
+from carvae.model.metrics import score_axis
+
+train = sys.modules["carvae.train"]
+RUN_KILLED = 120
+"""Seconds after which a run that writes no checkpoint is given up."""
+SHORT = {"max_epochs": 3, "min_steps": 0}
+
+# The loss of the first five steps of `golden_config`. A change here is a change of the model, its start, its data or its
+# random numbers: if that was meant, run this test and copy the numbers that it prints.
+GOLDEN: list[float] = [0.0]
+
+
+def weights(output: Path) -> str:
+    return sha256(output / "weights.safetensors")
+
+
+def train_here(world: World, output: Path, **sections: Any) -> dict[str, Any]:
+    """Train in this process through Python; returns metrics.json."""
+    config = Config.parse(settings(world.folder, output, **sections))
+    metrics: dict[str, Any] = json.loads((train.run(config) / "metrics.json").read_text(encoding="utf-8"))
+    return metrics
+
+
+def cohort_of(world: World, config: Config) -> Cohort:
+    return Cohort.assemble(CellStore(ingest(config)), config)
+
+
+def recorded(world: World, output: Path, **sections: Any) -> list[tuple[float, float]]:
+    """KL weight and loss of every step of a run."""
+    steps: list[tuple[float, float]] = []
+    original = train.Objective._loss
+
+    def spy(self: Any, batch: Minibatch, thin: Any, kl_weight: float) -> Any:
+        loss, parts = original(self, batch, thin, kl_weight)
+        if thin is not None:
+            steps.append((kl_weight, float(loss.detach())))
+        return loss, parts
+
+    with mock.patch.object(train.Objective, "_loss", spy):
+        train_here(world, output, **sections)
+    return steps
+
+
+# -- the same weights every time
+
+
+def test_the_same_seed_gives_the_same_bits(world: World, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        train_here(world, tmp_path / name, train=SHORT)
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    assert sha256(tmp_path / "a") == sha256(tmp_path / "b")
+    other = Config.parse(settings(world.folder, tmp_path / "c", train=SHORT) | {"seed": 1})
+    train.run(other)
+    assert weights(tmp_path / "c") != weights(tmp_path / "a")
+
+
+def test_the_caller_s_random_numbers_do_not_matter(world: World, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    train_here(world, tmp_path / "a", train=SHORT)
+    torch.manual_seed(2)
+    np.random.seed(3)  # noqa: NPY002
+    train_here(world, tmp_path / "b", train=SHORT)
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+def start(config: Path, folder: Path) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "WANDB_MODE": "disabled"}
+    with (folder / "stderr.txt").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "carvae.cli", "train", str(config)], stderr=log, env=environment, cwd=folder
+        )
+
+
+def kill_when(process: subprocess.Popen[bytes], there: Callable[[], bool]) -> None:
+    """SIGKILL as soon as something is there."""
+    deadline = time.monotonic() + RUN_KILLED
+    while not there():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline, "the run wrote no checkpoint"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bits(world: World, tmp_path: Path) -> None:
+    """Killed once in the held-out stage and once when training again on all patients."""
+    sections: dict[str, Any] = {"train": {"max_epochs": 40, "min_steps": 0, "refit": True, "patience": 4}}
+    path = write_config(tmp_path / "c.yaml", settings(world.folder, tmp_path / "killed", **sections))
+    for stage in ("fit", "refit"):
+        checkpoints = tmp_path / "killed.work" / stage / "checkpoints"
+        kill_when(start(path, tmp_path), lambda folder=checkpoints: any(folder.glob("*/last.ckpt")))
+        assert not (tmp_path / "killed").exists()
+    with mock.patch.object(train.log, "info") as said:
+        train.run(Config.read(path))
+    continued = [call.args for call in said.call_args_list if str(call.args[0]).startswith("continuing")]
+    assert ["refit" in str(args[1]) for args in continued] == [False, True]
+    assert "continuing from" in (tmp_path / "stderr.txt").read_text(encoding="utf-8")
+    train_here(world, tmp_path / "whole", **sections)
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+    assert sha256(tmp_path / "killed") == sha256(tmp_path / "whole")
+    assert not list((tmp_path / "killed.work").rglob("*.ckpt"))
+
+
+def test_a_changed_setting_does_not_continue_from_another_run(world: World, tmp_path: Path) -> None:
+    class KilledError(BaseException):
+        pass
+
+    def die(self: Any) -> None:
+        if self.current_epoch == 1:
+            raise KilledError
+
+    with mock.patch.object(train.Objective, "on_train_epoch_start", die), pytest.raises(KilledError):
+        train_here(world, tmp_path / "a", train=SHORT)
+    assert list((tmp_path / "a.work").rglob("last.ckpt"))
+    changed = SHORT | {"lr": 1e-3}
+    train_here(world, tmp_path / "a", train=changed)
+    train_here(world, tmp_path / "b", train=changed)
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+# -- schedules
+
+
+@pytest.mark.parametrize(("epochs", "share"), [(1, 0.5), (2, 0.2), (5, 0.2), (5, 1.0), (2, 0.0)])
+def test_the_kl_warm_up_completes_by_its_share_however_short_the_run(
+    world: World, tmp_path: Path, epochs: int, share: float
+) -> None:
+    steps = recorded(
+        world, tmp_path / "m", train={"max_epochs": epochs, "min_steps": 0, "kl_warmup": share, "kl_weight": 0.7}
+    )
+    weight = np.array([w for w, _ in steps])
+    assert (np.diff(weight) >= 0).all()
+    assert weight.max() == pytest.approx(0.7)
+    assert (weight[int(np.ceil(share * weight.size)) :] == pytest.approx(0.7)) or share == 1
+    if 0 < share < 1 and weight.size > 5:
+        assert weight[0] < 0.3
+
+
+def test_small_data_get_the_least_number_of_steps(world: World, tmp_path: Path) -> None:
+    steps = recorded(world, tmp_path / "m", train={"max_epochs": 1, "min_steps": 17, "validation_share": 0})
+    assert 17 <= len(steps) < 17 + 8
+
+
+def test_training_stops_where_the_held_out_loss_does_not_fall(world: World, tmp_path: Path) -> None:
+    # a learning rate far too high for these data, so that the loss rises after a while
+    sections = {"train": {"max_epochs": 60, "min_steps": 0, "patience": 2, "lr": 0.03}}
+    metrics = train_here(world, tmp_path / "m", **sections)
+    losses = [float(row["val_loss"]) for row in log_rows(tmp_path / "m", "val_loss")]
+    assert len(losses) < 60
+    best = int(np.argmin(losses))
+    assert len(losses) == best + 1 + 2
+    assert metrics["epochs"] == best + 1
+    # the weights are those of the best epoch, not of the last
+    bundle, config = load(tmp_path / "m"), Config.parse(settings(world.folder, tmp_path / "m", **sections))
+    cohort, split = held_out_of(world, config)
+    module = train.Objective(bundle.network, cohort.data(split.train, config), cohort, split, config)
+    total, n = 0.0, 0
+    for batch in module.val_dataloader():
+        with torch.no_grad():
+            loss, _ = module._loss(batch, None, config.train.kl_weight)
+        total, n = total + float(loss) * batch.counts.n_cells, n + batch.counts.n_cells
+    assert total / n == pytest.approx(losses[best], rel=1e-4)
+
+
+def log_rows(output: Path, column: str) -> list[dict[str, str]]:
+    import csv
+
+    with (work_folder(output) / "fit" / "log" / "metrics.csv").open(encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if row.get(column)]
+
+
+def golden_config(world: World, output: Path) -> dict[str, Any]:
+    return {"train": {"max_epochs": 1, "min_steps": 0}, "model": {"n_latent": 8, "n_hidden": 32, "n_layers": 2}}
+
+
+def test_the_first_steps_are_those_of_the_day_they_were_stored(world: World, tmp_path: Path) -> None:
+    steps = recorded(world, tmp_path / "m", **golden_config(world, tmp_path / "m"))
+    seen = [round(loss, 3) for _, loss in steps[:5]]
+    assert seen == pytest.approx(GOLDEN, rel=1e-4), f"GOLDEN = {seen}"
+
+
+def test_the_loss_falls(world: World, tmp_path: Path) -> None:
+    train_here(world, tmp_path / "m", train={"max_epochs": 8, "min_steps": 0})
+    for column in ("train_loss", "val_loss"):
+        losses = [float(row[column]) for row in log_rows(tmp_path / "m", column)]
+        assert losses[-1] < losses[0] - 20
+
+
+@pytest.mark.parametrize("lr", [1e3, 1e30])
+def test_a_mad_learning_rate_is_said_or_survived(world: World, tmp_path: Path, lr: float) -> None:
+    path = write_config(tmp_path / "c.yaml", settings(world.folder, tmp_path / "m", train=SHORT | {"lr": lr}))
+    answer = carvae("train", path)
+    assert "Traceback" not in answer.err
+    if answer.code:
+        assert answer.code == 1
+        assert "lower train.lr" in answer.err
+        assert answer.err.count("\n") == 1
+        assert not (tmp_path / "m").exists()
+    else:
+        load(tmp_path / "m")  # which checks that every weight is finite
+    with pytest.raises(TrainError, match=r"lower train\.lr \(now 1e\+30\)"):
+        train_here(world, tmp_path / "n", train=SHORT | {"lr": 1e30})
+
+
+# -- labels
+
+
+def test_a_study_without_labels_teaches_the_latent_space_alone(world: World, tmp_path: Path) -> None:
+    config = Config.read(world.config)
+    cohort = cohort_of(world, config)
+    study = cohort.obs["study"].astype(str).to_numpy()
+    assert not cohort.labelled_N[study == "sim_paediatric"].any()
+    assert cohort.labelled_N[study == "sim_lymphoma"].all()
+    data = cohort.data(np.arange(study.size), config)
+    assert (data.code_NA.numpy()[study == "sim_paediatric"] == -1).all()
+    # the words of a study without labels change nothing but the latent space: its cells add no label loss
+    assert (data.weight_NA.numpy()[study == "sim_paediatric"] == 0).all()
+
+
+def test_no_labels_at_all_give_a_model_that_embeds(world: World, tmp_path: Path) -> None:
+    config = settings(world.folder, tmp_path / "m", train=SHORT, labels={"tree": "flat"})
+    config["ingest"]["studies"] = {"one": {"path": str(world.folder / "sim_paediatric.h5ad")}}
+    config["ingest"]["studies"]["one"]["obs"] = STUDIES["sim_paediatric"]["obs"]
+    path = write_config(tmp_path / "c.yaml", config)
+    assert carvae("train", path).code == 0
+    metrics = json.loads((tmp_path / "m" / "metrics.json").read_text(encoding="utf-8"))
+    assert "held_out" not in metrics
+    assert load(tmp_path / "m").tree is None
+    out = tmp_path / "E.csv"
+    assert carvae("embed", world.query_path, "--model", tmp_path / "m", "--out", out).code == 0
+    assert out.exists()
+    answer = carvae("annotate", world.query_path, "--model", tmp_path / "m", "--out", tmp_path / "A.csv")
+    assert answer.code == 1
+    assert "trained without labels; use `carvae embed`" in answer.err
+    assert not (tmp_path / "A.csv").exists()
+
+
+# -- scores
+
+
+def held_out_of(world: World, config: Config) -> tuple[Cohort, Any]:
+    cohort = cohort_of(world, config)
+    rng = np.random.default_rng((config.seed, 2))
+    return cohort, split_patients(cohort.obs["patient"], cohort.labelled_N, config.train.validation_share, rng)
+
+
+def test_the_scores_are_of_held_out_patients_alone(world: World) -> None:
+    config = Config.read(world.config)
+    metrics = json.loads((world.bundle / "metrics.json").read_text(encoding="utf-8"))
+    cohort, split = held_out_of(world, config)
+    held, patient = set(split.validation_patients), cohort.obs["patient"].astype(str).to_numpy()
+    assert held
+    assert set(patient[split.validation]) == held
+    assert not held & set(patient[split.train])
+    assert metrics["held_out_patients"] == len(held)
+    prediction = load(world.bundle).network.predict(cohort.counts.rows(torch.from_numpy(split.validation)).to_scipy())
+    assert cohort.cohort_labels is not None
+    for axis in cohort.cohort_labels.tree.axes:
+        leaf = cohort.cohort_labels.labels[axis.name].leaf[split.validation]
+        expected = score_axis(prediction.probability_NS[axis.name], leaf, axis.leaves)
+        if expected is None:
+            assert axis.name not in metrics["held_out"]
+            continue
+        found = metrics["held_out"][axis.name]
+        assert found["n_cells"] == int((leaf >= 0).sum())
+        assert found["accuracy"] == pytest.approx(expected.accuracy)
+        assert found["macro_f1"] == pytest.approx(expected.macro_f1)
+        assert np.sum(found["confusion"]) == found["n_cells"]
+    grid = metrics["macro_f1_by_missing_genes"]
+    assert grid["0"] == pytest.approx(metrics["held_out"]["state"]["macro_f1"])
+
+
+def test_nothing_held_out_gives_metrics_without_scores(world: World, tmp_path: Path) -> None:
+    metrics = train_here(world, tmp_path / "m", train=SHORT | {"validation_share": 0})
+    assert metrics["epochs"] == 3
+    assert "held_out" not in metrics
+    assert "no labelled patient was held out" in (tmp_path / "m" / "card.md").read_text(encoding="utf-8").lower()
+
+
+def test_refitted_weights_keep_the_scores_of_the_run_before(world: World, tmp_path: Path) -> None:
+    before = train_here(world, tmp_path / "a", train=SHORT)
+    after = train_here(world, tmp_path / "b", train=SHORT | {"refit": True})
+    assert after["held_out"] == before["held_out"]
+    assert after["refit"] is True
+    assert weights(tmp_path / "a") != weights(tmp_path / "b")
+
+
+def test_a_failed_run_leaves_the_model_that_was_there(world: World, tmp_path: Path) -> None:
+    train_here(world, tmp_path / "m", train=SHORT)
+    before = sha256(tmp_path / "m")
+    with pytest.raises(TrainError):
+        train_here(world, tmp_path / "m", train=SHORT | {"lr": 1e30})
+    assert sha256(tmp_path / "m") == before
+
+
+def test_settings_are_saved_beside_the_model(world: World) -> None:
+    saved = Config.read(work_folder(world.bundle) / "config.yaml")
+    assert saved == Config.read(world.config)
+
+
+# -- the network logger
+
+
+def secrets(world: World) -> set[bytes]:
+    """What may not leave: patients, samples, barcodes, and where the studies lie."""
+    found = {str(world.folder).encode()}
+    for name, study in STUDIES.items():
+        obs = world.studies[name].obs
+        found |= {v.encode() for c in ("patient", "sample") for v in obs[study["obs"][c]].astype(str).unique()}
+        found.add(str(obs.index[0]).encode())
+    return found
+
+
+def test_wandb_works_offline_without_an_account_and_tells_no_names(world: World, tmp_path: Path) -> None:
+    config = settings(world.folder, tmp_path / "m", train=SHORT | {"wandb": "offline"})
+    # excluded patients on the command line are names too
+    excluded = str(world.studies["sim_lymphoma"].obs["donor_id"].iloc[0])
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        "HOME": str(tmp_path / "home"),
+        **{name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")},
+    }
+    (tmp_path / "home").mkdir()
+    command = ["-m", "carvae.cli", "train", str(write_config(tmp_path / "c.yaml", config))]
+    done = subprocess.run(
+        [sys.executable, *command, f"ingest.exclude_patients=[{excluded}]"],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"wandb" not in done.stderr.lower()
+    files = [p for p in tmp_path.rglob("*") if "wandb" in p.relative_to(tmp_path).parts and p.is_file()]
+    assert any(p.suffix == ".wandb" for p in files)
+    assert all((tmp_path / "m.work") in p.parents for p in files)
+    content = b"\n".join(p.read_bytes() for p in files)
+    assert b"val_state_macro_f1" in content
+    assert b"kl_warmup" in content
+    for secret in secrets(world):
+        assert secret not in content
+
+
+def test_wandb_can_be_switched_off(world: World) -> None:
+    assert not list(world.folder.rglob("*wandb*"))
+    assert (work_folder(world.bundle) / "fit" / "log" / "metrics.csv").exists()
