@@ -53,6 +53,7 @@ QUERY = "sim_myeloma"
 N_CELLS = 1000
 """Cells per study."""
 SEED = 0
+REST = "other studies"
 SCORE = "carvae_score_"
 INTRODUCTION = (
     "Four small CAR-T studies were simulated, as awkward as real ones: they differ in depth, gene sets, gene names, "
@@ -189,7 +190,7 @@ def _map_cells(studies: Sequence[ad.AnnData], model: Path) -> CellMap:
 
 def _draw_maps(out: Path, query: Labelled, cells: CellMap) -> list[Figure]:
     """Three colourings of one map."""
-    called = pd.Series(None, index=range(len(cells.study)), dtype=object)
+    called = pd.Series(REST, index=cells.study.index, dtype=object)
     called[cells.study == QUERY] = query.called.to_numpy()
     return [
         _figure(
@@ -198,14 +199,15 @@ def _draw_maps(out: Path, query: Labelled, cells: CellMap) -> list[Figure]:
             "The new study on the map",
             "Each dot is a cell; cells that lie close together express the same genes once the differences between "
             f"studies are taken out. In colour {QUERY}, which training never saw, by the state that the model gives "
-            "each cell; in grey (unlabelled here) the cells of the studies that it was trained on.",
+            "each cell; in grey the cells of the studies that it was trained on.",
         ),
         _figure(
             plot_umap(cells.umap, cells.truth, "All cells: states as planted", query.states),
             out / "umap_state.png",
             "The same map by the truth",
             "All cells of all studies by the state that the simulation planted. Most of these labels were hidden from "
-            "training: one study has none, another only coarse ones. States that share genes touch.",
+            "training: one study has none, another only coarse ones. Dividing cells may form islands of their own: "
+            "whether a cell cycles is an axis beside its state.",
         ),
         _figure(
             plot_umap(cells.umap, cells.study, "All cells: studies", [design.name for design in STUDIES]),
@@ -251,7 +253,8 @@ def _draw_results(out: Path, query: Labelled, history: pd.DataFrame) -> list[Fig
             out / "loss.png",
             "Training",
             "Loss on the cells trained on and on the patients of the three studies that were held out of training, "
-            "with the macro-F1 of their states. The model of the epoch with the lowest held-out loss is kept.",
+            "with the macro-F1 of their states. Patients differ in depth, so the two losses need not meet. The model "
+            "of the epoch with the lowest held-out loss is kept.",
         ),
     ]
 
@@ -264,7 +267,12 @@ def _composition(query: Labelled) -> pd.DataFrame:
     """Cells per state for each sample, as called and as planted, in neighbouring rows."""
     sample = next(design.columns["sample"] for design in STUDIES if design.name == QUERY)
     rows = [
-        pd.crosstab(query.obs[sample].astype(str) + end, state.to_numpy(), rownames=[None], colnames=[None])
+        pd.crosstab(
+            query.obs[sample].astype(str).str.removeprefix(f"{QUERY}_") + end,
+            state.to_numpy(),
+            rownames=[None],
+            colnames=[None],
+        )
         for end, state in ((", called", query.called), (", planted", query.truth))
     ]
     return pd.concat(rows).fillna(0).astype(int).sort_index()

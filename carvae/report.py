@@ -39,7 +39,7 @@ TWELVE_COLOURS = (
     "#9F0162", "#009F81", "#FF5AAF", "#00FCCF", "#8400CD", "#008DF9",
     "#00C2F9", "#FFB2FD", "#A40122", "#E20134", "#FF6E3A", "#FFC33B",
 )  # fmt: skip
-NO_LABEL = ("unknown", "Unlabelled", "unlabelled", "missing")
+NO_LABEL = ("unknown", "Unlabelled", "unlabelled", "missing", "other studies")
 GREY = "#B5B5B5"
 MARKERS = ("o", "^", "s", "D")
 HATCHES = ("", "///", "...", "xxx")
@@ -246,7 +246,7 @@ def plot_signatures_by_state(
     Parameters
     ----------
     scores
-        Cells x signatures.
+        Cells x signatures; a signature without any score is left out.
     states
         State of each cell.
     title
@@ -258,12 +258,13 @@ def plot_signatures_by_state(
     """
     state = pd.Series(states).astype(str).to_numpy()
     shown = [s for s in _ordered(state, order) if (state == s).any()]
+    scores = scores.dropna(axis="columns", how="all")
     means = scores.groupby(state).mean().loc[shown].to_numpy()
     relative = (means - means.mean(axis=0)) / np.where(means.std(axis=0) > 0, means.std(axis=0), 1.0)
     ax = ax or _new_axes(height=float(np.clip(2.2 + 0.42 * len(shown), 3.6, 14.0)))
     names = [_name(s, int((state == s).sum())) for s in shown]
     texts = np.array([[f"{value:.2f}" for value in row] for row in means])
-    bound = max(float(np.abs(relative).max(initial=0.0)), 1e-6)
+    bound = max(float(np.nanmax(np.abs(relative), initial=0.0)), 1e-6)
     columns = [str(c) for c in scores.columns]
     _heat_map(ax, relative, texts, (names, columns), "Below or above the mean of states (s.d.)", (-bound, bound))
     ax.set(ylabel="Predicted state (cells)")

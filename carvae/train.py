@@ -39,7 +39,7 @@ from carvae.errors import TrainError
 from carvae.ingest import run as ingest
 from carvae.ingest import work_folder
 from carvae.labels.signatures import Signatures
-from carvae.model.bundle import Bundle, Provenance, leaf_parts
+from carvae.model.bundle import Bundle, Provenance, check_place, leaf_parts
 from carvae.model.card import write_card
 from carvae.model.cohort import Cohort
 from carvae.model.heads import label_loss
@@ -72,6 +72,7 @@ def run(config: Config) -> Path:
     """
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
+    check_place(config.output)  # now, not after hours of training
     work = work_folder(config.output)
     store = CellStore(ingest(config))
     cohort = Cohort.assemble(store, config)
@@ -187,7 +188,7 @@ class Objective(lightning.LightningModule):
     def training_step(self, batch: Minibatch, batch_idx: int) -> Tensor:
         """Loss of a minibatch; what the encoder sees is thinned, what the decoder explains is not."""
         torch.manual_seed(_hash(self.config.seed, self.global_step))
-        progress = self.global_step / self.n_steps
+        progress = (self.global_step + 1) / self.n_steps  # so that even a single step has the full weight
         warmup = self.config.train.kl_warmup
         kl_weight = self.config.train.kl_weight * (min(1.0, progress / warmup) if warmup else 1.0)
         loss, parts = self._loss(batch, self.thin, kl_weight)
@@ -197,10 +198,7 @@ class Objective(lightning.LightningModule):
     def on_train_epoch_end(self) -> None:
         """Log the epoch's means; stop where training has diverged."""
         means = self._means()
-        if not math.isfinite(means["train_loss"]):
-            raise TrainError(
-                f"the loss is not finite in epoch {self.current_epoch}; lower train.lr (now {self.config.train.lr:g})"
-            )
+        self._refuse_divergence(means["train_loss"])
         self.log_dict(means)
 
     def on_validation_epoch_start(self) -> None:
@@ -218,6 +216,7 @@ class Objective(lightning.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log held-out losses and label scores over the whole held-out set."""
         means = self._means()
+        self._refuse_divergence(means["val_loss"])  # comes before the training epoch's own end
         self.log_dict({name if name == "val_loss" else f"val_{name}": value for name, value in means.items()})
         for axis, leaves in self.leaves.items():
             probability = torch.cat([p[axis] for p in self._held_out]).float().numpy()
@@ -261,6 +260,12 @@ class Objective(lightning.LightningModule):
         n = batch.counts.n_cells
         for name, value in (parts | {"n": torch.ones_like(next(iter(parts.values())))}).items():
             self._sums[name] = self._sums.get(name, 0.0) + n * value.detach()
+
+    def _refuse_divergence(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise TrainError(
+                f"the loss is not finite in epoch {self.current_epoch}; lower train.lr (now {self.config.train.lr:g})"
+            )
 
     def _means(self) -> dict[str, float]:
         n = self._sums.pop("n")

@@ -62,17 +62,23 @@ def folds(data: Path, out: Path) -> Iterator[tuple[Fold, pd.Series]]:
         yield Fold(str(patient), train, query, out / "models" / str(patient)), truth
 
 
+def carvae_command() -> list[str]:
+    """The console script beside this Python or on the path; else the same entry point from the checkout."""
+    search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    command = shutil.which("carvae", path=search)
+    return [command] if command else [sys.executable, "-m", "carvae.cli"]
+
+
 def carvae(fold: Fold, config: Path) -> Prediction:
     """Carvae through its command line, as a user would run it."""
-    search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    command = shutil.which("carvae", path=search) or "carvae"
+    command = carvae_command()
     bundle = fold.cache / "carvae"
     exclude = f"ingest.exclude_patients=[{fold.patient}]"
-    subprocess.run([command, "train", str(config), f"output={bundle}", exclude], check=True)
+    subprocess.run([*command, "train", str(config), f"output={bundle}", exclude], check=True)
     with tempfile.TemporaryDirectory() as folder:
         held_out, answer = Path(folder) / "heldout.h5ad", Path(folder) / "annotated.h5ad"
         fold.query.write_h5ad(held_out)
-        subprocess.run([command, "annotate", str(held_out), "--model", str(bundle), "--out", str(answer)], check=True)
+        subprocess.run([*command, "annotate", str(held_out), "--model", str(bundle), "--out", str(answer)], check=True)
         obs = ad.read_h5ad(answer, backed="r").obs
     return Prediction(np.asarray(obs.loc[fold.query.obs_names, "carvae_state_best"].astype(str), dtype=str))
 

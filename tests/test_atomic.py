@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from carvae.data import atomic
 from carvae.data.atomic import replacing_file, replacing_folder
 
 KINDS = ("file", "folder")
@@ -81,8 +80,8 @@ def test_a_full_disk_at_the_last_step_leaves_the_old_one(
     def fails(*_: object) -> None:
         raise OSError(errno.ENOSPC, "disk full")
 
-    monkeypatch.setattr(atomic.sys, "platform", "darwin")  # the way without renameat2
-    monkeypatch.setattr(atomic.os, call, fails)
+    monkeypatch.setattr(sys, "platform", "darwin")  # the way without renameat2
+    monkeypatch.setattr(os, call, fails)
     with pytest.raises(OSError, match="disk full"):
         put(target, kind, "new")
     monkeypatch.undo()
@@ -103,8 +102,8 @@ def test_without_an_exchange_call_a_failed_second_rename_brings_the_old_one_back
             raise OSError(errno.EIO, "I/O error")
         real(a, b)
 
-    monkeypatch.setattr(atomic.sys, "platform", "darwin")
-    monkeypatch.setattr(atomic.os, "rename", second_fails)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(os, "rename", second_fails)
     with pytest.raises(OSError, match="I/O"):
         put(target, "folder", "new")
     monkeypatch.undo()
@@ -117,7 +116,7 @@ def test_without_an_exchange_call_folders_are_swapped_in_two_steps(
 ) -> None:
     target = tmp_path / "x"
     put(target, "folder", "old")
-    monkeypatch.setattr(atomic.sys, "platform", "darwin")
+    monkeypatch.setattr(sys, "platform", "darwin")
     put(target, "folder", "new")
     assert content(target) == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
@@ -146,7 +145,6 @@ def test_a_link_stays_a_link(tmp_path: Path, kind: str) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from carvae.data import atomic
 
 kind, point, target = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 

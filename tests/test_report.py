@@ -208,6 +208,13 @@ def test_signatures_show_the_mean_per_state_and_survive_a_flat_one() -> None:
     np.testing.assert_allclose(np.asarray(ax.images[0].get_array()), [[1, 0], [-1, 0]])
 
 
+def test_signatures_without_scores_are_left_out() -> None:
+    scores = pd.DataFrame({"up": [1.0, 3.0, 0.0], "unscored": [np.nan] * 3})
+    ax = plot_signatures_by_state(scores, ["b", "b", "a"])
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["up"]
+    np.testing.assert_allclose(np.asarray(ax.images[0].get_array()), [[-1], [1]])
+
+
 class Page(HTMLParser):
     """Tags with their attributes, and all text."""
 

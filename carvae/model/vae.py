@@ -106,8 +106,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.first = nn.Linear(config.n_latent, config.n_hidden)
         self.tables = nn.ModuleDict({name: nn.Embedding(n, config.n_hidden) for name, n in n_categories.items()})
-        for table in self.tables.values():
-            nn.init.normal_(table.weight, std=config.n_latent**-0.5)  # type: ignore[arg-type]
+        for table in self.tables.values():  # at zero, so that a row that is never trained says nothing
+            nn.init.zeros_(table.weight)  # type: ignore[arg-type]
         self.layers = nn.ModuleList(nn.Linear(config.n_hidden, config.n_hidden) for _ in range(config.n_layers - 1))
         self.scale = nn.Linear(config.n_hidden, n_genes)
         self.zero = nn.Linear(config.n_hidden, n_genes) if config.gene_likelihood == "zinb" else None
