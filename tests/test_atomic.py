@@ -145,6 +145,7 @@ def test_a_link_stays_a_link(tmp_path: Path, kind: str) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from carvae.data import atomic
 
 kind, point, target = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 

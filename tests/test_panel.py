@@ -49,10 +49,13 @@ def choose(
 
 @pytest.mark.parametrize("batches", [["a"] * N, ["a"] * 100 + ["b"] * 200])
 def test_variable_genes_are_those_of_scanpy_called_directly(batches: list[str]) -> None:
-    chosen = choose(batches)
+    counts = drawn()
+    between = np.isin(UNIVERSE, PLAIN[1::5])
+    counts = sp.csr_matrix(counts.toarray() + np.outer(np.arange(N) >= 100, 25 * between))  # a batch effect
+    chosen = choose(batches, counts=counts)
     kept = ~np.isin(UNIVERSE, ["FMC63-CAR", "TRBV20-1", "TRAJ33", "MT-CO1", "XIST"])
     adata = ad.AnnData(
-        drawn()[:, kept].astype(np.float32),
+        counts[:, kept].astype(np.float32),
         obs=pd.DataFrame({"batch": batches}, index=[str(i) for i in range(N)]),
         var=pd.DataFrame(index=UNIVERSE[kept].astype(str)),
     )
@@ -65,7 +68,7 @@ def test_variable_genes_are_those_of_scanpy_called_directly(batches: list[str]) 
     assert set(chosen.genes) == variable | {"CCR7", "LAG3", "HAVCR2"}
     assert chosen.n_variable == 30
     assert chosen.n_signature == len({"CCR7", "LAG3", "HAVCR2"} - variable)
-    assert len(variable & set(PLAIN[::5])) >= 25, "the genes that were made to vary are not the variable ones"
+    assert len(variable & set(PLAIN[::5])) >= 20, "the genes that were made to vary are not the variable ones"
 
 
 @settings(max_examples=12)
