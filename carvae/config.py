@@ -97,7 +97,7 @@ class ModelConfig(Section):
     """Dropout after every hidden layer of the encoder."""
     gene_likelihood: Literal["nb", "zinb"] = "nb"
     """Distribution of the counts."""
-    covariates: tuple[str, ...] = ("sample",)
+    covariates: tuple[str, ...] = ("study", "sample")
     """Covariates corrected for: one embedding table each, in the decoder alone."""
     label_sharing: Fraction = 0.9
     """How far labels share what is learned with those that share a word of their name or a node of the tree: at 1

@@ -180,7 +180,7 @@ def _map_cells(studies: Sequence[ad.AnnData], model: Path) -> CellMap:
     import umap
 
     latent_NK = np.concatenate([embed(study, model).obsm[LATENT] for study in studies])
-    layout = umap.UMAP(n_neighbors=15, min_dist=0.3, random_state=SEED, n_jobs=1)
+    layout = umap.UMAP(n_neighbors=15, min_dist=0.3, n_epochs=200, random_state=SEED, n_jobs=1)
     return CellMap(
         umap=layout.fit_transform(latent_NK),
         study=pd.Series([study.uns["title"] for study in studies for _ in range(study.n_obs)]),
@@ -229,8 +229,7 @@ def _draw_results(out: Path, query: Labelled, history: pd.DataFrame) -> list[Fig
             plot_confusion(query.truth, query.called, query.states, f"{QUERY}: called against planted state"),
             out / "confusion.png",
             "How often the model is right",
-            "One row per planted state: where its cells went. Perfect calls would fill the diagonal; most errors lie "
-            "between states that share genes.",
+            "One row per planted state: where its cells went. Perfect calls would fill the diagonal alone.",
         ),
         _figure(
             plot_composition(shares, f"{QUERY}: states per sample", query.states, n_cells=shares.sum(axis=1)),

@@ -29,7 +29,7 @@ from carvae.data.schema import check_studies, inspect_obs
 from carvae.data.store import FORMAT, CellStore, StoreHeader, StoreWriter
 from carvae.errors import CarvaeError, ConfigError, GeneError, ReadError, SchemaError, join_problems
 from carvae.labels.signatures import Signatures, score
-from carvae.model.cohort import LABEL, SCORE
+from carvae.model.cohort import LABEL, SCORE, SOURCE
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +136,9 @@ def _open_all(config: IngestConfig) -> list[_Part]:
         for note in found.notes:
             log.info("%s", note)
         try:
-            obs = found.obs.assign(**{LABEL: _label(raw[found.study], found.study, config.studies[found.study])})
+            label = _label(raw[found.study], found.study, config.studies[found.study])
+            obs = found.obs.copy()
+            obs[LABEL], obs[SOURCE] = label, found.study
             parts += _parts(found.study, sources[found.study], obs)
         except SchemaError as error:
             problems.append(error)

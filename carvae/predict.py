@@ -139,9 +139,7 @@ class _Stream:
         self.matrix, self.receipt, self.symbols = alignment.matrix, alignment.receipt, resolved.symbols
         unscored = [s.signature for s in coverage([str(s) for s in self.symbols], bundle.signatures) if not s.scored]
         if label and unscored:
-            log.info(
-                "%s: too few genes to score %s; those columns are empty", source.name, ", ".join(unscored)
-            )
+            log.info("%s: too few genes to score %s; those columns are empty", source.name, ", ".join(unscored))
         columns = [np.flatnonzero(self.symbols == gene) for gene in MARKERS]
         self.markers = {gene: column for gene, column in zip(MARKERS, columns, strict=True) if column.size}
 

@@ -70,14 +70,14 @@ def run(config: Config) -> Path:
     CarvaeError
         The studies, labels or settings do not fit; the previous bundle, if any, is then untouched.
     """
-    if config.train.threads:
-        torch.set_num_threads(config.train.threads)
     check_place(config.output)  # now, not after hours of training
     work = work_folder(config.output)
     store = CellStore(ingest(config))
+    if config.train.threads:  # after ingest: the choice of genes (numba) sets torch's threads too
+        torch.set_num_threads(config.train.threads)
     cohort = Cohort.assemble(store, config)
     rng = np.random.default_rng((config.seed, 2))
-    split = split_patients(cohort.obs["patient"], cohort.labelled_N, config.train.validation_share, rng)
+    split = split_patients(cohort.obs["patient"], cohort.authored_N, config.train.validation_share, rng)
     log.info("%s", cohort.sentence(split))
     result = fit(cohort, split, config, work / "fit")
     metrics = held_out_metrics(result.network, cohort, split, config.seed) | {"epochs": result.n_epochs}
@@ -166,8 +166,8 @@ class Objective(lightning.LightningModule):
         self.data, self.split, self.config = data, split, config
         self.leaves = {} if cohort.tree is None else {axis.name: axis.leaves for axis in cohort.tree.axes}
         self.truth = {axis: cohort.true_leaf(axis)[split.validation] for axis in self.leaves}
-        for axis, allowed_LS in cohort.allowed().items():
-            self.register_buffer(f"allowed_{axis}", allowed_LS, persistent=False)
+        for a, allowed_LS in enumerate(cohort.allowed().values()):
+            self.register_buffer(f"allowed_{a}", allowed_LS, persistent=False)
         train = config.train
         self.thin = Thinning(train.thinning, train.min_depth, train.gene_dropout, train.max_gene_dropout)
         self.scores: dict[str, AxisScores] = {}
@@ -248,7 +248,7 @@ class Objective(lightning.LightningModule):
         loss = elbo.loss(kl_weight)
         parts = {"reconstruction": elbo.reconstruction_N.mean(), "kl": elbo.kl_N.mean()}
         for a, (axis, log_probability_NS) in enumerate(self.network.head(posterior.mean_NK).items()):
-            allowed_LS = self.get_buffer(f"allowed_{axis}")
+            allowed_LS = self.get_buffer(f"allowed_{a}")
             parts[f"label_{axis}"] = label_loss(
                 log_probability_NS, batch.code_NA[:, a], allowed_LS, batch.weight_NA[:, a]
             )

@@ -55,10 +55,16 @@ N_DRAWS = 10
 """Draws of z per cell in an evaluation."""
 EVALUATED_EPOCHS = (1, 2, 5, 10, 20, 50, 100, 150, 200, 250, 300, 350, 400)
 """Epochs of SCVI after which the held-out ELBO is measured, beside the last."""
-ARCHITECTURE = ("model.n_latent=10", "model.n_hidden=128", "model.n_layers=1", "model.dropout_rate=0.1")
+ARCHITECTURE = (
+    "model.n_latent=10",
+    "model.n_hidden=128",
+    "model.n_layers=1",
+    "model.dropout_rate=0.1",
+    "model.covariates=[sample]",
+)
 """The defaults of scvi-tools' SCVI, for both."""
 RECIPE = (
-    "train.max_epochs=12",
+    "train.max_epochs=9",
     "train.lr=8e-3",
     "train.thinning=0",
     "train.gene_dropout=0",

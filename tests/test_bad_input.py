@@ -72,7 +72,8 @@ def spoilt(study: AnnData, how: Callable[[np.ndarray[Any, Any]], np.ndarray[Any,
 
 
 def log_normalised(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    return np.round(np.log1p(1e4 * x / x.sum(axis=1, keepdims=True)), 2)  # rounded: it cannot be undone exactly
+    logs: np.ndarray[Any, Any] = np.log1p(1e4 * x / x.sum(axis=1, keepdims=True))
+    return logs.round(2)  # so that it cannot be undone exactly
 
 
 def with_value(value: float) -> Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]:

@@ -179,7 +179,7 @@ def obs() -> pd.DataFrame:
 def test_a_cohort_has_the_cells_of_its_store(tmp_path: Path, obs: pd.DataFrame) -> None:
     cohort = assembled(tmp_path, obs)
     assert np.array_equal(cohort.counts.to_scipy().toarray(), counts_of(15).toarray())
-    assert cohort.n_categories == {"sample": 3}
+    assert cohort.n_categories == {"study": 1, "sample": 3}
     assert cohort.covariate_NC[:, 0].tolist() == [0] * 6 + [1] * 4 + [2] * 5
     assert cohort.tree is not None
     assert cohort.tree.names("state") == ("x", "y", "z")
@@ -198,13 +198,13 @@ def test_unused_categories_make_no_classes_and_no_batches(tmp_path: Path, obs: p
     cohort = assembled(tmp_path, ghosts)
     assert cohort.tree is not None
     assert cohort.tree.names("state") == ("x", "y", "z")
-    assert cohort.n_categories == {"sample": 3}
+    assert cohort.n_categories == {"study": 1, "sample": 3}
 
 
 def test_categories_that_training_never_sees_are_unknown(tmp_path: Path, obs: pd.DataFrame) -> None:
     cohort = assembled(tmp_path, obs)
     data = cohort.data(np.flatnonzero(obs["patient"] != "b"), config_of())
-    assert data.covariate_NC[:, 0].tolist() == [0] * 6 + [-1] * 4 + [2] * 5
+    assert data.covariate_NC[:, 1].tolist() == [0] * 6 + [-1] * 4 + [2] * 5
     assert cohort.covariate_NC.min() == 0, "the cohort itself was changed"
 
 

@@ -131,7 +131,7 @@ def test_every_format_in_gives_the_same_answer_in_every_format_out(
     assert sha256(query) == before
     if ending.startswith(".csv"):
         table = pd.read_csv(out, index_col="cell")
-        latent = table[[c for c in table if c.startswith("X_carvae_")]].to_numpy()
+        latent = table[[c for c in map(str, table) if c.startswith("X_carvae_")]].to_numpy()
     else:
         result = ad.read_h5ad(out) if ending == ".h5ad" else ad.read_zarr(out)
         table, latent = result.obs, result.obsm["X_carvae"]
@@ -139,7 +139,7 @@ def test_every_format_in_gives_the_same_answer_in_every_format_out(
     assert list(table.index) == list(annotated.obs_names)
     assert list(states(table)) == list(states(annotated.obs))
     np.testing.assert_allclose(latent, annotated.obsm["X_carvae"], atol=TOLERANCE)
-    scores = [c for c in annotated.obs if c.startswith("carvae_score_")]
+    scores = [c for c in map(str, annotated.obs) if c.startswith("carvae_score_")]
     assert scores
     np.testing.assert_allclose(table[scores], annotated.obs[scores], atol=1e-6)
     assert (tmp_path / "out.samples.csv").exists()
@@ -178,7 +178,7 @@ def test_the_table_of_samples_holds_what_the_cells_say(world: World, annotated: 
             if gene in symbols:
                 detected = np.asarray(world.query.X[cells][:, symbols == gene].sum(axis=1)).ravel() > 0
                 assert row[f"fraction {gene}+"] == pytest.approx(detected.mean())
-        for score in [c for c in here if c.startswith("carvae_score_")]:
+        for score in [c for c in map(str, here) if c.startswith("carvae_score_")]:
             mean = row[f"mean {score.removeprefix('carvae_')}"]
             assert mean == pytest.approx(here[score].mean(), abs=1e-6, nan_ok=True)
 
@@ -236,7 +236,7 @@ def test_the_answer_does_not_depend_on_how_the_counts_are_held(world: World, ann
     np.testing.assert_allclose(result.obsm["X_carvae"], expected.obsm["X_carvae"], atol=TOLERANCE)
     np.testing.assert_allclose(result.obsm["carvae_probability"], expected.obsm["carvae_probability"], atol=TOLERANCE)
     assert list(states(result.obs)) == list(states(expected.obs))
-    for score in [c for c in expected.obs if c.startswith("carvae_score_")]:
+    for score in [c for c in map(str, expected.obs) if c.startswith("carvae_score_")]:
         np.testing.assert_allclose(result.obs[score], expected.obs[score], atol=1e-6)
 
 
@@ -245,7 +245,7 @@ def test_the_answer_does_not_depend_on_the_chunk_size(world: World, annotated: A
     result = library.annotate(world.query, world.bundle, PredictConfig(chunk_size=size))
     np.testing.assert_allclose(result.obsm["X_carvae"], annotated.obsm["X_carvae"], atol=TOLERANCE)
     assert list(states(result.obs)) == list(states(annotated.obs))
-    for score in [c for c in annotated.obs if c.startswith("carvae_score_")]:
+    for score in [c for c in map(str, annotated.obs) if c.startswith("carvae_score_")]:
         np.testing.assert_allclose(result.obs[score], annotated.obs[score], atol=1e-6)
 
 
@@ -257,7 +257,7 @@ def test_python_says_what_the_command_line_says(world: World, annotated: AnnData
     assert result is not mine
     pd.testing.assert_frame_equal(mine.obs, before.obs)
     assert not mine.obsm
-    added = [c for c in annotated.obs if c.startswith("carvae_")]
+    added = [c for c in map(str, annotated.obs) if c.startswith("carvae_")]
     pd.testing.assert_frame_equal(result.obs[added], annotated.obs[added], check_categorical=False, check_dtype=False)
     np.testing.assert_array_equal(result.obsm["X_carvae"], annotated.obsm["X_carvae"])
     np.testing.assert_array_equal(library.embed(mine, world.bundle).obsm["X_carvae"], annotated.obsm["X_carvae"])
@@ -313,7 +313,7 @@ def test_a_real_10x_folder_is_annotated(world: World, tmp_path: Path) -> None:
     table = pd.read_csv(out, index_col="cell")
     assert len(table) > 100
     assert table["carvae_state"].ne("unknown").mean() > 0.9
-    assert np.isfinite(table[[c for c in table if c.startswith("X_carvae_")]].to_numpy()).all()
+    assert np.isfinite(table[[c for c in map(str, table) if c.startswith("X_carvae_")]].to_numpy()).all()
     samples = pd.read_csv(tmp_path / "A.samples.csv")
     assert list(samples["sample"]) == [folder.name]
     assert list(samples["n_cells"]) == [len(table)]

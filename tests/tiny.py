@@ -33,7 +33,8 @@ def counts_of(n_cells: int, n_genes: int = len(GENES), seed: int = 0) -> sp.csr_
 def obs_of(patients: dict[str, int], study: str = "s", label: str = "") -> pd.DataFrame:
     """Cells of each patient, one sample each."""
     patient = np.repeat(list(patients), list(patients.values()))
-    return pd.DataFrame({"study": study, "sample": [f"{p}-d0" for p in patient], "patient": patient, "label": label})
+    sample = [f"{p}-d0" for p in patient]
+    return pd.DataFrame({"study": study, "source": study, "sample": sample, "patient": patient, "label": label})
 
 
 def write_store(

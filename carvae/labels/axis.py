@@ -90,6 +90,8 @@ class Axis:
 def parse_axis(spec: dict[str, Any], problems: list[str]) -> Axis:
     """Return the axis that ``spec`` describes; each fault of it is added to ``problems``."""
     name = _parse_name(spec, "an axis", problems)
+    if "/" in name:
+        problems.append(f"axis {name!r} holds a slash, which AnnData does not allow in the name of a column; rename it")
     problems += wrong_keys(spec, {"name", "description", "nodes"}, f"axis {name!r}")
     axis = _Draft([], {}, {}, {})
     axis.add(entries(spec.get("nodes"), f"`nodes` of axis {name!r}", problems), None, name, problems)

@@ -297,8 +297,8 @@ def _parse_signature(spec: dict[str, Any], problems: list[str]) -> Signature:
     sources = entries(spec.get("sources"), f"`sources` of {where}", problems)
     for source in sources:
         problems += wrong_keys(source, {"citation", "doi"}, f"a source of {where}")
-    if not name.strip():
-        problems.append("a signature has no name")
+    if not name.strip() or "/" in name:
+        problems.append(f"{where} needs a name without a slash: it becomes the name of a column")
     if not genes:
         problems.append(f"{where} has no genes")
     if not any(source.get("citation") for source in sources):

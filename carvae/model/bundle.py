@@ -135,8 +135,8 @@ class Bundle:
         alignment = align(resolved, self.genes)
         if alignment.receipt.overlap < min_overlap:
             raise GeneError(
-                f"only {alignment.receipt.overlap:.0%} of the model's {len(self.genes)} genes are in the query, and "
-                f"predict.min_overlap asks for {min_overlap:.0%}; give the unfiltered matrix, or a model trained on "
+                f"only {alignment.receipt.overlap:.1%} of the model's {len(self.genes)} genes are in the query, and "
+                f"predict.min_overlap asks for {min_overlap:.1%}; give the unfiltered matrix, or a model trained on "
                 "genes that your assay measures"
             )
         return alignment

@@ -25,6 +25,8 @@ from carvae.labels.tree import LabelTree
 
 LABEL = "label"
 """Column of the store with the author's labels, empty where missing."""
+SOURCE = "source"
+"""Column of the store with the config's name of a study; one file may hold several studies."""
 SCORE = "score_"
 """Prefix of the store's columns with signature scores, which weak labels are derived from."""
 
@@ -68,7 +70,7 @@ class Cohort:
             counts=CountsCSR.from_scipy(store.counts()),
             covariate_NC=np.stack([*codes.values()], axis=1) if codes else np.zeros((len(obs), 0), np.int64),
             n_categories={name: int(code.max()) + 1 for name, code in codes.items()},
-            study_N=pd.Categorical(obs["study"].astype(str), categories=store.header.studies).codes.astype(np.int64),
+            study_N=pd.Categorical(obs[SOURCE].astype(str), categories=store.header.studies).codes.astype(np.int64),
             cohort_labels=_labels(obs, config),
         )
 
@@ -84,6 +86,15 @@ class Cohort:
             return np.zeros(len(self.obs), np.bool_)
         labelled: NDArray[np.bool_] = np.any([axis.code >= 0 for axis in self.cohort_labels.labels.axes], axis=0)
         return labelled
+
+    @property
+    def authored_N(self) -> NDArray[np.bool_]:
+        """Whether a cell bears a label of its author on any axis."""
+        if self.cohort_labels is None:
+            return np.zeros(len(self.obs), np.bool_)
+        axes = self.cohort_labels.labels.axes
+        authored: NDArray[np.bool_] = np.any([(axis.code >= 0) & ~axis.weak for axis in axes], axis=0)
+        return authored
 
     @property
     def weak(self) -> bool:
@@ -170,4 +181,4 @@ def _labels(obs: pd.DataFrame, config: Config) -> CohortLabels | None:
             raise ConfigError("labels.weak needs a label tree: signatures vote for its nodes; set labels.tree=tree")
         scores = obs[[c for c in obs if str(c).startswith(SCORE)]].rename(columns=lambda c: str(c).removeprefix(SCORE))
         weak = (scores, Signatures.read(label_file(config.labels.signatures)), obs["sample"].astype(str))
-    return label_cells(obs[LABEL].astype("string").fillna(""), obs["study"].astype(str), how, tree_file, weak)
+    return label_cells(obs[LABEL].astype("string").fillna(""), obs[SOURCE].astype(str), how, tree_file, weak)
