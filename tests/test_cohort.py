@@ -180,7 +180,7 @@ def test_a_cohort_has_the_cells_of_its_store(tmp_path: Path, obs: pd.DataFrame) 
     cohort = assembled(tmp_path, obs)
     assert np.array_equal(cohort.counts.to_scipy().toarray(), counts_of(15).toarray())
     assert cohort.n_categories == {"study": 1, "sample": 3}
-    assert cohort.covariate_NC[:, 0].tolist() == [0] * 6 + [1] * 4 + [2] * 5
+    assert cohort.covariate_NC[:, 1].tolist() == [0] * 6 + [1] * 4 + [2] * 5
     assert cohort.tree is not None
     assert cohort.tree.names("state") == ("x", "y", "z")
     assert cohort.labelled_N.tolist() == (obs["label"] != "").tolist()
