@@ -136,7 +136,7 @@ def test_counts_are_found_where_they_are(tmp_path: Path, form: str) -> None:
     message = refused(write(bad, tmp_path / "fourth", form), CountsError)
     assert "X holds negative values" in message
     assert "scaled/z-scored" in message
-    assert "raw is not log1p of counts per 10,000" in message
+    assert "is not log1p of counts per 10,000" in message
     assert "layers['counts']" in message
 
 

@@ -91,22 +91,21 @@ def find_counts(candidates: Sequence[Candidate], name: str, cells: Sequence[str]
     ReadError
         If a matrix cannot be read or its structure is broken.
     """
-    seen: list[str] = []
+    seen: dict[str, str] = {}
     fractional: list[Candidate] = []
     for candidate in candidates:
         try:
             return _verify(candidate, cells, inverted=False)
-        except _FractionalError as error:
-            fractional.append(candidate)
-            seen.append(f"{candidate.where} {error}")
         except CountsError as error:
-            seen.append(f"{candidate.where} {error}")
+            seen[candidate.where] = f"{candidate.where} {error}"
+            if isinstance(error, _FractionalError):
+                fractional.append(candidate)
     for candidate in fractional:
         try:
             return _verify(candidate, cells, inverted=True)
         except CountsError as error:
-            seen.append(f"{candidate.where} {error}")
-    raise CountsError(join_problems(f"{name} holds no raw counts ({REMEDY})", seen))
+            seen[candidate.where] += f", and {error}"
+    raise CountsError(join_problems(f"{name} holds no raw counts ({REMEDY})", list(seen.values())))
 
 
 def count_blocks(verified: Verified, size: int) -> Iterator[sp.csr_matrix]:

@@ -192,7 +192,8 @@ def load(path: Path | str, device: str = "auto") -> Bundle:
     except BundleError as error:
         raise BundleError(f"bundle {path}: {error}") from None
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, LabelError, SafetensorError) as error:
-        raise BundleError(f"bundle {path} does not describe a model ({type(error).__name__}: {error})") from None
+        reason = " ".join(str(error).split())[:200]
+        raise BundleError(f"bundle {path} does not describe a model of this carvae ({reason}); retrain it") from None
     target = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     bundle.network.to(target).eval()
     return bundle

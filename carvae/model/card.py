@@ -55,7 +55,7 @@ def _scores(bundle: Bundle) -> list[str]:
     held_out = bundle.metrics.get("held_out")
     if not held_out:
         return ["None: no labelled patient was held out of this training."]
-    lines = [f"{bundle.metrics['held_out_patients']} patients that this training did not see.", ""]
+    lines = [f"{bundle.metrics['held_out_patients']} patient(s) that this training did not see.", ""]
     if bundle.metrics.get("refit"):
         lines[0] += " The weights were then trained again on all patients, so these scores are of the run before."
     for axis, score in held_out.items():

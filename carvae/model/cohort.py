@@ -137,11 +137,12 @@ class Cohort:
 
     def sentence(self, split: PatientSplit) -> str:
         """What is trained on, in one line."""
-        patients = self.obs["patient"].nunique()
+        patients, studies = self.obs["patient"].nunique(), self.obs["study"].nunique()
         held = f"{len(split.validation_patients)} held out" if split.validation.size else "none held out"
         return (
-            f"{len(self.obs):,} cells ({int(self.labelled_N.sum()):,} labelled), {patients} patients ({held}), "
-            f"{self.obs['study'].nunique()} studies, {len(self.store.header.genes):,} genes"
+            f"{len(self.obs):,} cells ({int(self.labelled_N.sum()):,} labelled), "
+            f"{patients} patient{'s' * (patients != 1)} ({held}), {studies} stud{'y' if studies == 1 else 'ies'}, "
+            f"{len(self.store.header.genes):,} genes"
         )
 
 
