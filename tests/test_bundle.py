@@ -133,7 +133,7 @@ def test_a_model_without_labels_or_axis_says_so(tmp_path: Path) -> None:
         tiny_bundle(None).predict(QUERY)
     with pytest.raises(Exception, match=r"no axis 'stat'.*'state'"):
         tiny_bundle(TWO_AXES).predict(QUERY, "stat")
-    with pytest.raises(GeneError, match="only 25% of the model's 12 genes"):
+    with pytest.raises(GeneError, match="only 25.0% of the model's 12 genes"):
         tiny_bundle(TWO_AXES).predict(QUERY[:, :3].copy())
 
 
@@ -360,7 +360,7 @@ def test_no_patient_sample_study_or_path_is_in_the_bundle(tmp_path: Path) -> Non
     everything = b"".join(file.read_bytes() for file in folder.iterdir())
     for name in (*PATIENTS, *obs["sample"], "SecretTrial", "PrivateFolder", str(tmp_path), "nowhere.h5ad"):
         assert name.encode() not in everything, name
-    assert b"1 patients that this training did not see" in everything
+    assert b"1 patient(s) that this training did not see" in everything
     assert load(folder).n_categories == {"sample": 3}
 
 
