@@ -131,7 +131,7 @@ def test_too_little_overlap_is_refused_and_the_bound_can_be_moved(world: World, 
     known = np.flatnonzero(np.isin(symbols, list(bundle.genes)))
     few = world.query[:, known[: int(0.3 * len(bundle.genes))]].copy()
     for verb in (annotate, embed):
-        with pytest.raises(GeneError, match=r"only 30% of the model's"):
+        with pytest.raises(GeneError, match=r"only 30.0% of the model's"):
             verb(few, bundle)
     assert "X_carvae" in embed(few, bundle, PredictConfig(min_overlap=0.2)).obsm
     with pytest.raises(GeneError):

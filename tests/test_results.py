@@ -162,7 +162,7 @@ def test_missing_genes_are_counted_and_too_many_refused() -> None:
     """Peer fault: zero-padding missing genes silently."""
     out = annotate(cells()[:, :9].copy(), BUNDLE)
     assert '"missing": ["GENE9", "GENE10", "GENE11"]' in out.uns["carvae"]["genes"]
-    with pytest.raises(GeneError, match="only 25% of the model's 12 genes"):
+    with pytest.raises(GeneError, match="only 25.0% of the model's 12 genes"):
         annotate(cells()[:, :3].copy(), BUNDLE)
 
 
