@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,9 +83,8 @@ class GeneScaler:
     scale_G: Floats
 
     @classmethod
-    def fit(cls, adata: AnnData) -> GeneScaler:
-        """Choose the genes, their means and deviations on these cells."""
-        gene_G = variable_genes(adata)
+    def fit(cls, adata: AnnData, gene_G: NDArray[np.bool_]) -> GeneScaler:
+        """Take the genes' means and deviations from these cells."""
         log_NG = _log_cp10k(adata, gene_G)
         scale_G = log_NG.std(axis=0)
         return cls(gene_G, log_NG.mean(axis=0), np.where(scale_G > 0, scale_G, np.float32(1)))
@@ -125,41 +125,42 @@ def choose_penalty(parts: Sequence[tuple[Floats, Strings, Floats, Strings]], cla
 def inner_parts(
     train: AnnData, transform: Callable[[AnnData, AnnData], tuple[Floats, Floats]]
 ) -> list[tuple[Floats, Strings, Floats, Strings]]:
-    """Leave one training patient out at a time; ``transform`` fits on its first argument and applies to both."""
+    """Leave one training patient out at a time.
+
+    ``transform`` fits on its first argument, and gives the coordinates of its labelled cells and of the second.
+    """
     patients = np.asarray(train.obs["patient"].astype(str))
     parts = []
     for held_out in np.unique(patients):
-        rest, out = train[patients != held_out], train[patients == held_out]
+        rest, out = train[patients != held_out], labelled(train[patients == held_out])
         x, x_out = transform(rest, out)
-        parts.append((x, labels_of(rest), x_out, labels_of(out)))
+        parts.append((x, labels_of(labelled(rest)), x_out, labels_of(out)))
     return parts
 
 
-def _scaled(train: AnnData, query: AnnData) -> tuple[Floats, Floats]:
-    scaler = GeneScaler.fit(train)
-    return scaler.transform(train), scaler.transform(query)
+def _scaled(train: AnnData, query: AnnData, genes_from_all: bool = False) -> tuple[Floats, Floats]:
+    known = labelled(train)
+    scaler = GeneScaler.fit(known, variable_genes(train if genes_from_all else known))
+    return scaler.transform(known), scaler.transform(query)
 
 
-def gene_logistic(fold: Fold, class_weight: str | None = None) -> Prediction:
-    """Logistic regression on 2,000 genes; C by leaving training patients out, genes chosen anew each time."""
-    train = labelled(fold.train)
-    penalty = choose_penalty(inner_parts(train, _scaled), class_weight)
-    x, x_query = _scaled(train, fold.query)
-    model = logistic(penalty, class_weight).fit(x, labels_of(train))
+def gene_logistic(fold: Fold, class_weight: str | None = None, genes_from_all: bool = False) -> Prediction:
+    """Logistic regression on 2,000 genes; C by leaving training patients out, genes chosen anew each time.
+
+    The genes vary most over the labelled training cells, or with ``genes_from_all`` over the unlabelled ones as well.
+    """
+    scaled = partial(_scaled, genes_from_all=genes_from_all)
+    penalty = choose_penalty(inner_parts(fold.train, scaled), class_weight)
+    x, x_query = scaled(fold.train, fold.query)
+    model = logistic(penalty, class_weight).fit(x, labels_of(labelled(fold.train)))
     return Prediction(model.predict(x_query), {"C": penalty})
-
-
-def gene_logistic_balanced(fold: Fold) -> Prediction:
-    """The same with weights that make classes count alike."""
-    return gene_logistic(fold, "balanced")
 
 
 def pca_knn(fold: Fold, n_components: int = 50, n_neighbors: int = 15) -> Prediction:
     """The vote of 15 neighbours in 50 principal components of 2,000 genes."""
-    train = labelled(fold.train)
-    x, x_query = _scaled(train, fold.query)
+    x, x_query = _scaled(fold.train, fold.query)
     pca = PCA(n_components, svd_solver="arpack", random_state=fold.seed).fit(x)
-    model = KNeighborsClassifier(n_neighbors).fit(pca.transform(x), labels_of(train))
+    model = KNeighborsClassifier(n_neighbors).fit(pca.transform(x), labels_of(labelled(fold.train)))
     settings: dict[str, float | str] = {"n_components": n_components, "n_neighbors": n_neighbors}
     return Prediction(model.predict(pca.transform(x_query)), settings)
 
@@ -204,9 +205,9 @@ def reference_scvi(fold: Fold) -> Any:
     )
     plan = {"lr": RECIPE.lr, "n_epochs_kl_warmup": RECIPE.n_epochs_kl_warmup}
     model.train(RECIPE.epochs, plan_kwargs=plan, **QUIET)
-    partial = folder.with_suffix(".partial")
-    model.save(str(partial), save_anndata=True, overwrite=True)
-    partial.replace(folder)
+    unfinished = folder.with_suffix(".partial")
+    model.save(str(unfinished), save_anndata=True, overwrite=True)
+    unfinished.replace(folder)
     return model
 
 

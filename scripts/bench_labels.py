@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
 METHODS: dict[str, Method] = {
     "logreg": baselines.gene_logistic,
-    "logreg_balanced": baselines.gene_logistic_balanced,
+    "logreg_balanced": partial(baselines.gene_logistic, class_weight="balanced"),
+    "logreg_allhvg": partial(baselines.gene_logistic, genes_from_all=True),
+    "logreg_balanced_allhvg": partial(baselines.gene_logistic, class_weight="balanced", genes_from_all=True),
     "knn": baselines.pca_knn,
     "scvi_logreg": baselines.scvi_logistic,
     "scanvi": baselines.scanvi,
@@ -99,9 +102,9 @@ def predict(name: str, fold: Fold, truth: pd.Series, settings: Settings) -> pd.D
     record = {**result.settings, "seconds": round(time.perf_counter() - start, 1)}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(record))
-    partial = path.with_suffix(".partial")
-    table.to_csv(partial, index=False)
-    partial.replace(path)
+    unfinished = path.with_suffix(".partial")
+    table.to_csv(unfinished, index=False)
+    unfinished.replace(path)
     print(f"{name} {fold.patient}: {record}", file=sys.stderr, flush=True)
     return table
 

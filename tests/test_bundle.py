@@ -361,7 +361,7 @@ def test_no_patient_sample_study_or_path_is_in_the_bundle(tmp_path: Path) -> Non
     for name in (*PATIENTS, *obs["sample"], "SecretTrial", "PrivateFolder", str(tmp_path), "nowhere.h5ad"):
         assert name.encode() not in everything, name
     assert b"1 patient(s) that this training did not see" in everything
-    assert load(folder).n_categories == {"sample": 3}
+    assert load(folder).n_categories == {"study": 1, "sample": 3}
 
 
 def test_the_card_tells_the_runs_own_numbers() -> None:
