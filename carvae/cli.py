@@ -11,7 +11,7 @@ import typer
 
 from carvae import __version__
 from carvae.config import Config
-from carvae.errors import CarvaeError
+from carvae.errors import CarvaeError, ConfigError
 
 app = typer.Typer(
     name="carvae",
@@ -90,10 +90,10 @@ def main() -> None:
 
 def _predict(query: Path, model: Path, out: Path, overrides: list[str] | None, quiet: bool, *, label: bool) -> None:
     settings = _start(quiet, None, overrides)
-    from carvae.data.results import check_output
+    if idle := [override for override in overrides or [] if not override.startswith("predict.")]:
+        raise ConfigError(f"{', '.join(map(repr, idle))} changes nothing here; a query verb reads predict.* alone")
     from carvae.predict import run
 
-    check_output(query, out)
     run(query, model, out, settings.predict, label=label)
 
 

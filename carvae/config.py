@@ -23,7 +23,7 @@ AnySection = TypeVar("AnySection", bound="Section")
 class Section(BaseModel):
     """A frozen group of settings that refuses keys it does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True)
 
 
 class StudyConfig(Section):
@@ -157,6 +157,10 @@ class TrainConfig(Section):
 class PredictConfig(Section):
     """Embedding and labelling of new samples."""
 
+    counts: str = "auto"
+    """Where the query's raw counts are: ``auto``, ``X``, ``raw`` or ``layers/NAME``."""
+    sample: str | None = None
+    """Column of the query's ``obs`` that names the sample; by default ``sample`` or a customary name for it."""
     chunk_size: int = Field(4096, ge=1)
     """Cells read and embedded at a time; bounds the memory."""
     min_overlap: Fraction = 0.4

@@ -278,6 +278,8 @@ def _receipt(parts: Sequence[_Part], panel: Panel) -> dict[str, Any]:
         log.info(
             "%s: %s cells kept, counts in %s; %s", part.source.name, f"{kept:,}", part.source.where, genes.sentence()
         )
+        for note in part.source.notes:
+            log.info("%s: %s", part.source.name, note)
         studies.setdefault(part.study, []).append(
             {
                 "file": part.source.name,

@@ -24,8 +24,8 @@ from carvae import __version__
 from carvae.config import PredictConfig
 from carvae.data.genes import GeneReceipt, GeneTable
 from carvae.data.readers import CountsSource, open_samples, open_source
-from carvae.data.results import CellResults, add_results, write_results
-from carvae.data.schema import harmonise
+from carvae.data.results import CellResults, add_results, check_output, samples_path, write_results
+from carvae.data.schema import query_samples
 from carvae.errors import BundleError
 from carvae.labels.signatures import coverage, score
 from carvae.labels.tree import RESERVED
@@ -75,16 +75,19 @@ def run(query: Path, model: Path, out: Path, config: PredictConfig, *, label: bo
     CarvaeError
         The query or the model cannot be used; nothing is written then.
     """
+    check_output(query, out)
     bundle = load(model)
-    sources = open_samples(query)
+    sources = open_samples(query, counts=config.counts)
     results, samples = _results(sources, bundle, config, label=label)
     write_results(query, sources, results, out, samples)
+    log.info("wrote %s%s", out, "" if samples is None else f" and {samples_path(out)}")
     return out
 
 
 def _in_memory(adata: AnnData, model: Bundle | Path | str, config: PredictConfig | None, *, label: bool) -> AnnData:
     bundle = model if isinstance(model, Bundle) else load(model)
-    results, _ = _results([open_source(adata)], bundle, config or PredictConfig(), label=label)
+    config = config or PredictConfig()
+    results, _ = _results([open_source(adata, counts=config.counts)], bundle, config, label=label)
     result = adata.to_memory() if adata.isbacked else adata.copy()
     add_results(result, results)
     return result
@@ -103,10 +106,13 @@ def _results(
     if worst.overlap < config.warn_overlap:
         log.warning("%s", _missing_gene_warning(worst, bundle))
     cells = pd.concat([part.cells for part in parts])
+    sample = np.concatenate([part.sample for part in parts])
     states = {axis.name: axis.leaves for axis in bundle.tree.axes} if label and bundle.tree else {}
     main = _main_axis(tuple(states))
+    obs = cells.drop(columns=_marker_columns(), errors="ignore")
     results = CellResults(
-        obs=cells.drop(columns=["sample", *_marker_columns()], errors="ignore"),
+        obs=obs,
+        sample=sample,
         latent=np.concatenate([part.latent for part in parts]),
         probability={
             "carvae_probability" if axis == main else f"carvae_{axis}_probability": np.concatenate(
@@ -114,9 +120,12 @@ def _results(
             )
             for axis in states
         },
-        uns=_provenance(bundle, config, worst, states),
+        uns=_provenance(bundle, config, worst, states) | _counts_from(sources),
     )
-    return results, _sample_table(cells, states) if label else None
+    if not label:
+        return results, None
+    results.uns["columns"] = np.array(list(obs), dtype=object)  # a later run replaces these and no others
+    return results, _sample_table(cells, sample, states)
 
 
 @dataclass(slots=True)
@@ -124,6 +133,7 @@ class _Part:
     """Results of one source."""
 
     cells: pd.DataFrame
+    sample: NDArray[np.object_]
     latent: NDArray[np.float32]
     probability: dict[str, NDArray[np.float32]]
     receipt: GeneReceipt
@@ -134,6 +144,9 @@ class _Stream:
 
     def __init__(self, source: CountsSource, bundle: Bundle, config: PredictConfig, *, label: bool) -> None:
         self.source, self.bundle, self.config, self.label = source, bundle, config, label
+        self.sample, notes = query_samples(source.obs, source.name, config.sample)
+        for note in (*source.notes, *notes):
+            log.info("%s: %s", source.name, note)
         resolved = GeneTable.default().resolve(source.genes, source.gene_ids)
         alignment = bundle.align(resolved, config.min_overlap)
         self.matrix, self.receipt, self.symbols = alignment.matrix, alignment.receipt, resolved.symbols
@@ -155,16 +168,14 @@ class _Stream:
                 tables.append(self._table(chunk, panel, prediction))
         cells = pd.concat(tables, ignore_index=True) if self.label else pd.DataFrame(index=range(self.source.n_cells))
         cells.index = self.source.obs.index
-        if self.label:
-            cells["sample"] = harmonise(self.source.obs, self.source.name, {}, {}, require=())["sample"].astype(str)
         axes = probability[0] if probability else ()
-        return _Part(
-            cells, np.concatenate(latent), {a: np.concatenate([p[a] for p in probability]) for a in axes}, self.receipt
-        )
+        scored = {a: np.concatenate([p[a] for p in probability]) for a in axes}
+        return _Part(cells, self.sample, np.concatenate(latent), scored, self.receipt)
 
     def _table(self, chunk: sp.csr_matrix, panel: sp.csr_matrix, prediction: Prediction) -> pd.DataFrame:
         assert self.bundle.tree is not None
-        seen = np.asarray(panel.sum(axis=1)).ravel() >= self.config.min_counts
+        panel_counts = np.asarray(panel.sum(axis=1)).ravel()
+        seen = panel_counts >= self.config.min_counts
         main = _main_axis(self.bundle.axes)
         table: dict[str, Any] = {}
         for axis in sorted(self.bundle.tree.axes, key=lambda a: a.name != main):
@@ -176,6 +187,7 @@ class _Stream:
             confidence = "carvae_confidence" if axis.name == main else f"carvae_{axis.name}_confidence"
             table[confidence] = np.where(seen, probability.max(1), 0.0).astype(np.float32)
         table["carvae_n_counts"] = np.asarray(chunk.sum(axis=1)).ravel()
+        table["carvae_n_panel_counts"] = panel_counts
         for gene, columns in self.markers.items():
             table[f"{gene}+"] = np.asarray(chunk[:, columns].sum(axis=1)).ravel() > 0
         scores = score(chunk, [str(s) for s in self.symbols], self.bundle.signatures)
@@ -193,25 +205,36 @@ def _marker_columns() -> list[str]:
     return [f"{gene}+" for gene in MARKERS]
 
 
-def _sample_table(cells: pd.DataFrame, states: dict[str, tuple[str, ...]]) -> pd.DataFrame:
+def _sample_table(cells: pd.DataFrame, sample: NDArray[np.object_], states: dict[str, tuple[str, ...]]) -> pd.DataFrame:
     """One row per sample: cells, depth, composition over states, mean signature scores, marker-positive fractions.
 
     Fractions and means are over the cells used, those that are not ``unknown``.
     """
     main = f"carvae_{_main_axis(tuple(states))}"
     rows = []
-    for sample, group in cells.groupby("sample", sort=True):
+    for name, group in cells.groupby(sample, sort=True):
         used = group[group[main] != RESERVED]
-        row: dict[str, Any] = {"sample": sample, "n_cells": len(group), "n_cells_used": len(used)}
+        row: dict[str, Any] = {"sample": name, "n_cells": len(group), "n_cells_used": len(used)}
         row["median_counts"] = float(group["carvae_n_counts"].median())
         row["mean_confidence"] = float(used["carvae_confidence"].mean())
         for axis, leaves in states.items():
             row |= {f"fraction {leaf}": float((used[f"carvae_{axis}"] == leaf).mean()) for leaf in leaves}
-        row |= {f"fraction {name}": float(used[name].mean()) for name in _marker_columns() if name in used}
+        row |= {f"fraction {marker}": float(used[marker].mean()) for marker in _marker_columns() if marker in used}
         scores = [c for c in map(str, used) if c.startswith("carvae_score_")]
         row |= {f"mean {c.removeprefix('carvae_')}": float(used[c].mean()) for c in scores}
         rows.append(row)
+    shallow = sum(row["n_cells"] - row["n_cells_used"] for row in rows)
+    if shallow:
+        log.info("%s of %s cells are unknown: too few counts over the model's genes", f"{shallow:,}", f"{len(cells):,}")
     return pd.DataFrame(rows)
+
+
+def _counts_from(sources: Sequence[CountsSource]) -> dict[str, Any]:
+    """Which matrix was read, and what was found or assumed on the way."""
+    return {
+        "counts_in": "; ".join(sorted({source.where for source in sources})),
+        "notes": "\n".join(f"{source.name}: {note}" for source in sources for note in source.notes),
+    }
 
 
 def _provenance(
@@ -238,4 +261,7 @@ def _missing_gene_warning(receipt: GeneReceipt, bundle: Bundle) -> str:
     if not measured:
         return f"{text}; labels will be less sure, by how much was not measured for this model"
     expected = np.interp(missing, sorted(measured), [measured[k] for k in sorted(measured)])
-    return f"{text}; on held-out patients that lowers macro-F1 from {measured[0.0]:.2f} to about {expected:.2f}"
+    return (
+        f"{text}; on held-out patients macro-F1 was {measured[0.0]:.2f} with all genes and about {expected:.2f} with "
+        "this share taken away at random"
+    )

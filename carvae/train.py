@@ -46,6 +46,7 @@ from carvae.model.heads import label_loss
 from carvae.model.held_out import held_out_metrics
 from carvae.model.metrics import AxisScores, score_axis
 from carvae.model.network import Network
+from carvae.model.run_log import rows_before, wandb_mode
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,8 @@ def run(config: Config) -> Path:
     """
     check_place(config.output)  # now, not after hours of training
     work = work_folder(config.output)
+    if config.train.accelerator == "cuda" and not torch.cuda.is_available():
+        raise TrainError("train.accelerator is cuda, but torch finds no CUDA device here; set train.accelerator=auto")
     store = CellStore(ingest(config))
     if config.train.threads:  # after ingest: the choice of genes (numba) sets torch's threads too
         torch.set_num_threads(config.train.threads)
@@ -81,6 +84,9 @@ def run(config: Config) -> Path:
     log.info("%s", cohort.sentence(split))
     result = fit(cohort, split, config, work / "fit")
     metrics = held_out_metrics(result.network, cohort, split, config.seed) | {"epochs": result.n_epochs}
+    for axis, score in metrics.get("held_out", {}).items():
+        macro_f1 = f", macro-F1 {score['macro_f1']:.3f}" if len(score["recall"]) > 1 else ""
+        log.info("held-out patients, %s: accuracy %.3f%s", axis, score["accuracy"], macro_f1)
     if config.train.refit and split.validation.size:
         everyone = np.arange(len(cohort.obs), dtype=np.int64)
         metrics["refit"] = True
@@ -112,13 +118,14 @@ def fit(cohort: Cohort, split: PatientSplit, config: Config, folder: Path) -> Fi
     module.n_steps = epochs * steps_per_epoch
     checkpoints = _checkpoint_folder(folder, cohort, split, config)
     keep, *others = _callbacks(checkpoints, held_out=bool(split.validation.size), patience=config.train.patience)
+    last = checkpoints / "last.ckpt"
     with _quiet_lightning():
         trainer = lightning.Trainer(
             accelerator={"cuda": "gpu"}.get(config.train.accelerator, config.train.accelerator),
             devices=1,
             precision=config.train.precision,
             max_epochs=epochs,
-            logger=_loggers(folder, config),
+            logger=_loggers(folder, config, last),
             callbacks=[keep, *others],
             log_every_n_steps=50,
             reload_dataloaders_every_n_epochs=1,
@@ -127,7 +134,6 @@ def fit(cohort: Cohort, split: PatientSplit, config: Config, folder: Path) -> Fi
             enable_progress_bar=sys.stderr.isatty() and log.isEnabledFor(logging.INFO),
             default_root_dir=folder,
         )
-        last = checkpoints / "last.ckpt"
         if last.exists():
             log.info("continuing from %s", last)
         trainer.fit(module, ckpt_path=last if last.exists() else None, weights_only=True)
@@ -172,6 +178,7 @@ class Objective(lightning.LightningModule):
         self.thin = Thinning(train.thinning, train.min_depth, train.gene_dropout, train.max_gene_dropout)
         self.scores: dict[str, AxisScores] = {}
         self._sums: dict[str, Tensor] = {}
+        self._val_loss: float | None = None
         self._train_sums: dict[str, Tensor] = {}
         self._held_out: list[dict[str, Tensor]] = []
 
@@ -200,6 +207,11 @@ class Objective(lightning.LightningModule):
         means = self._means()
         self._refuse_divergence(means["train_loss"])
         self.log_dict(means)
+        if not sys.stderr.isatty():  # on a terminal there is the progress bar
+            said = [f"train loss {means['train_loss']:.2f}"]
+            said += [] if self._val_loss is None else [f"held-out loss {self._val_loss:.2f}"]
+            said += [f"{axis} macro-F1 {s.macro_f1:.3f}" for axis, s in self.scores.items() if len(s.recall) > 1]
+            log.info("epoch %d: %s", self.current_epoch + 1, ", ".join(said))
 
     def on_validation_epoch_start(self) -> None:
         """Put the training sums aside: validation has its own."""
@@ -217,6 +229,7 @@ class Objective(lightning.LightningModule):
         """Log held-out losses and label scores over the whole held-out set."""
         means = self._means()
         self._refuse_divergence(means["val_loss"])  # comes before the training epoch's own end
+        self._val_loss = means["val_loss"]
         self.log_dict({name if name == "val_loss" else f"val_{name}": value for name, value in means.items()})
         for axis, leaves in self.leaves.items():
             probability = torch.cat([p[axis] for p in self._held_out]).float().numpy()
@@ -289,14 +302,15 @@ def _hash(seed: int, step: int) -> int:
 
 
 def _checkpoint_folder(folder: Path, cohort: Cohort, split: PatientSplit, config: Config) -> Path:
-    """Folder of this very run's checkpoints; those of another run are gone."""
+    """Folder of this very run's checkpoints; those of another run are gone, its W&B folder stays."""
     settings = config.model_dump(mode="json", include={"model", "train", "labels", "seed", "ingest"})
     run_id = hashlib.sha256(
         json.dumps([__version__, torch.__version__, cohort.store.content, settings]).encode() + split.train.tobytes()
     ).hexdigest()[:16]
     checkpoints = folder / "checkpoints" / run_id
-    if not checkpoints.exists():
-        shutil.rmtree(folder, ignore_errors=True)
+    for other in checkpoints.parent.glob("*"):
+        if other != checkpoints:
+            shutil.rmtree(other, ignore_errors=True)
     checkpoints.mkdir(parents=True, exist_ok=True)
     return checkpoints
 
@@ -322,16 +336,25 @@ def _callbacks(checkpoints: Path, *, held_out: bool, patience: int) -> list[Call
     return [keep, _EarlyStopping("val_loss", patience=patience, check_on_train_epoch_end=True)] if held_out else [keep]
 
 
-def _loggers(folder: Path, config: Config) -> list[Logger]:
-    """A CSV log always; W&B with the settings, but without study paths, patient names or what the machine is called."""
-    loggers: list[Logger] = [CSVLogger(folder, name="", version="log")]
-    if config.train.wandb != "disabled":
+def _loggers(folder: Path, config: Config, checkpoint: Path) -> list[Logger]:
+    """A CSV log always; W&B with the settings, but without study paths, patient names or what the machine is called.
+
+    Lightning's CSV log begins anew; here it keeps what was logged before ``checkpoint``, where that is there.
+    """
+    rows = rows_before(checkpoint, folder / "log" / "metrics.csv")
+    shutil.rmtree(folder / "log", ignore_errors=True)
+    table = CSVLogger(folder, name="", version="log")
+    table.experiment.metrics.extend(rows)
+    table.save()
+    loggers: list[Logger] = [table]
+    mode = wandb_mode(config.train.wandb, os.environ.get("WANDB_MODE", ""))
+    if mode != "disabled":
         import wandb
 
         run = wandb.init(
             project="carvae",
             dir=folder,
-            mode=os.environ.get("WANDB_MODE") or config.train.wandb,  # type: ignore[arg-type]
+            mode=mode,  # type: ignore[arg-type]
             config=config.model_dump(mode="json", include={"seed", "labels", "model", "train"}),
             settings=wandb.Settings(
                 x_disable_meta=True, disable_git=True, disable_code=True, console="off", silent=True

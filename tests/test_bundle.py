@@ -133,7 +133,7 @@ def test_a_model_without_labels_or_axis_says_so(tmp_path: Path) -> None:
         tiny_bundle(None).predict(QUERY)
     with pytest.raises(Exception, match=r"no axis 'stat'.*'state'"):
         tiny_bundle(TWO_AXES).predict(QUERY, "stat")
-    with pytest.raises(GeneError, match="only 25.0% of the model's 12 genes"):
+    with pytest.raises(GeneError, match=r"only 25\.0% of the model's 12 genes"):
         tiny_bundle(TWO_AXES).predict(QUERY[:, :3].copy())
 
 
@@ -374,7 +374,9 @@ def test_the_card_tells_the_runs_own_numbers() -> None:
         "macro_f1": 0.25,
         "balanced_accuracy": 0.75,
         "ece": 0.125,
-        "recall": {"CTL": 0.9},
+        "recall": {"CTL": 0.9, "TCM": 0.6},
+        "confusion": [[4, 0, 0], [1, 2, 0], [0, 0, 0]],
+        "leaves": ["CTL", "TCM", "TEX"],
     }
     made.metrics = {
         "held_out": {"state": score},
@@ -384,9 +386,18 @@ def test_the_card_tells_the_runs_own_numbers() -> None:
     }
     card = write_card(made)
     assert "| 0.500 | 0.250 | 0.750 | 0.125 |" in card
-    assert "| CTL | 0.900 |" in card
+    assert "| CTL | 4 | 0.900 |" in card
+    assert "| TCM | 3 | 0.600 |" in card
+    assert "not scored (no held-out cell): TEX" in card
+    assert "chose the epoch: the scores are slightly optimistic" in card
     assert "trained again on all patients" in card
     assert "Weak labels" not in card
+    score["recall"] = {"CTL": 0.9}
+    card = write_card(made)
+    assert "not scored (no held-out cell): TCM, TEX" in card
+    assert "| accuracy | calibration error |" in card
+    for word in ("macro-f1", "balanced accuracy", "0.250", "0.750"):
+        assert word not in card.lower()
 
 
 @pytest.mark.gpu

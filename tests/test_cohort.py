@@ -29,7 +29,8 @@ from carvae.model.held_out import held_out_metrics
 from carvae.model.network import Network, Prediction
 
 LABELS = Path(__file__).parent.parent / "configs" / "labels"
-PLAIN = StudyLabels(mapping=None, missing=("Unlabelled",), labelled=True)
+PLAIN = StudyLabels(mapping=None, missing=(), labelled=True)
+MARKED = StudyLabels(mapping=None, missing=("Unlabelled",), labelled=True)
 SILENT = StudyLabels(mapping=None, missing=(), labelled=False)
 
 
@@ -47,7 +48,7 @@ def text(*values: str) -> pd.Series[str]:
 
 
 def test_a_flat_vocabulary_is_what_occurs_and_missing_labels_are_missing() -> None:
-    found = label_cells(text("CTL", "Unlabelled", "TEM", "", "CTL"), text(*"aaaaa"), {"a": PLAIN}, None)
+    found = label_cells(text("CTL", "Unlabelled", "TEM", "", "CTL"), text(*"aaaaa"), {"a": MARKED}, None)
     assert found is not None
     assert found.tree.names("state") == ("CTL", "TEM")
     assert leaves(found) == ["CTL", "", "TEM", "", "CTL"]
@@ -62,7 +63,7 @@ def test_cells_may_lie_in_any_order_of_studies() -> None:
 
 
 def test_a_value_that_means_missing_in_one_study_is_a_label_in_another() -> None:
-    how = {"a": PLAIN, "b": StudyLabels(None, (), labelled=True)}
+    how = {"a": MARKED, "b": PLAIN}
     found = label_cells(text("x", "Unlabelled", "Unlabelled", "x"), text(*"aabb"), how, None)
     assert found is not None
     assert leaves(found) == ["x", "", "Unlabelled", "x"]
@@ -84,6 +85,23 @@ def test_a_label_that_the_tree_does_not_know_is_refused_and_no_cell_is_dropped()
         label_cells(label, study, {"a": carpall, "b": PLAIN}, LABELS / "tree.yaml")
     for part in ("study 'a'", "'CD8 wrong' of 2 cells", "study 'b'", "'what' of 1 cells"):
         assert part in str(caught.value)
+
+
+def test_a_missing_label_that_no_cell_bears_is_misspelt() -> None:
+    label, study = text("x", "Unlabelled", "y", "Unlabeled", "x", "y"), text(*"aaabbb")
+    with pytest.raises(LabelError, match=r"study 'b': missing_labels names 'Unlabelled'.*did you mean 'Unlabeled'\?"):
+        label_cells(label, study, {"a": MARKED, "b": MARKED}, None)
+    empty = StudyLabels(None, ("nan",), labelled=True)  # an empty cell may be named, whether or not there is one
+    assert label_cells(text("x", "y", ""), text(*"aaa"), {"a": empty}, None) is not None
+
+
+def test_what_is_taken_as_a_label_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="carvae"):
+        label_cells(text("x", "Unlabelled", "Doublet", "", "x"), text(*"aaaaa"), {"a": MARKED}, None)
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
+        ("INFO", "study 'a': labels Doublet (1), x (2); 2 cells without a label"),
+        ("WARNING", "'Doublet' is taken as a cell state; if it means 'not labelled', name it in missing_labels"),
+    ]
 
 
 def test_author_labels_through_the_tree_keep_every_cell() -> None:

@@ -149,6 +149,25 @@ def test_the_place_can_be_named(tmp_path: Path) -> None:
         open_source(path, counts="raw")
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_places_are_tried_in_order_and_parts_of_the_counts_never_unasked(tmp_path: Path, form: str) -> None:
+    adata = toy(-counts_of())
+    adata.layers["spliced"] = adata.layers["matrix"] = adata.layers["a"] = counts_of()
+    in_raw = adata.copy()
+    in_raw.raw = toy()
+    in_umi = in_raw.copy()
+    in_umi.layers["umi"] = counts_of()
+    for number, (case, where) in enumerate(((adata, "layers/a"), (in_raw, "raw"), (in_umi, "layers/umi"))):
+        assert open_source(write(case, tmp_path / str(number), form)).where == where
+    del adata.layers["a"]
+    path = write(adata, tmp_path / "parts", form)
+    assert "spliced" not in refused(path, CountsError)
+    assert open_source(path, counts="layers/spliced").where == "layers/spliced"
+    adata.X = None
+    only = refused(write(adata, tmp_path / "only", form), CountsError)
+    assert "has only layers/matrix, layers/spliced" in only
+
+
 def test_raw_with_more_genes_than_x_is_said() -> None:
     adata = toy()[:, :30].copy()
     adata.raw = toy()
@@ -375,8 +394,8 @@ def test_pickled_values_in_a_zarr_store_are_not_run(tmp_path: Path) -> None:
     assert refused(path)
 
 
-def tenx_h5(path: Path, version: int = 3, kinds: list[str] | None = None) -> Path:
-    counts = sp.csr_matrix(counts_of())
+def tenx_h5(path: Path, version: int = 3, kinds: list[str] | None = None, seed: int = 0) -> Path:
+    counts = sp.csr_matrix(counts_of(seed=seed))
     path.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(path, "w") as file:
         group = file.create_group("matrix" if version == 3 else "GRCh38")
@@ -392,9 +411,11 @@ def tenx_h5(path: Path, version: int = 3, kinds: list[str] | None = None) -> Pat
     return path
 
 
-def tenx_mtx(folder: Path, version: int = 3, packed: bool = True, prefix: str = "", kinds: int = 0) -> Path:
+def tenx_mtx(
+    folder: Path, version: int = 3, packed: bool = True, prefix: str = "", kinds: int = 0, seed: int = 0
+) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    scipy.io.mmwrite(folder / f"{prefix}matrix.mtx", sp.coo_matrix(counts_of().T), field="integer")
+    scipy.io.mmwrite(folder / f"{prefix}matrix.mtx", sp.coo_matrix(counts_of(seed=seed).T), field="integer")
     rows = [[f"ENSG{i}", f"G{i}"] + (["Antibody Capture" if i < kinds else "Gene Expression"] if version == 3 else [])
             for i in range(40)]  # fmt: skip
     genes = "features" if version == 3 else "genes"
@@ -439,6 +460,32 @@ def test_only_gene_expression_is_kept(tmp_path: Path) -> None:
     assert "no 'Gene Expression' features" in refused(tenx_h5(tmp_path / "b.h5", kinds=["CRISPR"] * 40))
 
 
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("column", ["feature_types", "feature_type", "modality"])
+@pytest.mark.parametrize("in_raw", [False, True])
+def test_only_gene_expression_of_an_anndata_is_kept(tmp_path: Path, form: str, column: str, in_raw: bool) -> None:
+    adata = toy(sp.csc_matrix(counts_of()))
+    adata.var[column] = pd.Categorical(["Antibody Capture"] * 3 + ["Gene Expression"] * 37)
+    if in_raw:
+        whole, adata = adata, toy(-counts_of()[:, :5])
+        adata.raw = whole
+    source = open_source(write(adata, tmp_path, form))
+    for _ in range(2):
+        np.testing.assert_array_equal(read(source), counts_of()[:, 3:])
+    assert source.genes[0] == "G3"
+    assert source.gene_ids is not None
+    assert (len(source.gene_ids), source.gene_ids[0]) == (37, "ENSG00000000003")
+    assert source.notes[0] == "3 features of Antibody Capture are left out"
+
+
+def test_an_anndata_without_gene_expression_is_refused_but_biotypes_are_not_feature_types() -> None:
+    adata = toy()
+    adata.var["feature_type"] = ["protein_coding"] * 20 + ["lncRNA"] * 20  # as CELLxGENE writes
+    assert len(open_source(adata).genes) == 40
+    adata.var["feature_type"] = "Antibody Capture"
+    assert "no 'Gene Expression' features" in refused(adata)
+
+
 def test_broken_10x_folders_give_one_sentence(tmp_path: Path) -> None:
     cut = tenx_mtx(tmp_path / "cut") / "matrix.mtx.gz"
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
@@ -465,21 +512,49 @@ def test_a_folder_of_samples_of_several_formats(tmp_path: Path) -> None:
     tenx_h5(root / "P1" / "outs" / "filtered_feature_bc_matrix.h5")
     tenx_h5(root / "P1" / "outs" / "raw_feature_bc_matrix.h5")
     (root / "P1" / "outs" / "molecule_info.h5").touch()
-    tenx_h5(root / "P2" / "day28.h5")
-    tenx_mtx(root / "geo", prefix="GSM1_P3_")
-    tenx_mtx(root / "geo", prefix="GSM2_P4_")
+    tenx_h5(root / "P2" / "day28.h5", seed=1)
+    tenx_mtx(root / "geo", prefix="GSM1_P3_", seed=2)
+    tenx_mtx(root / "geo", prefix="GSM2_P4_", seed=3)
     (root / "own").mkdir()
     h5ad(root / "own", toy(donor=["x"] * 30, sample_id=["mine"] * 30))
-    write(toy(), root, "zarr3")
+    write(toy(sp.csr_matrix(counts_of(seed=4))), root, "zarr3")
+    seeds = {"P1": 0, "P2_day28": 1, "geo_GSM1_P3": 2, "geo_GSM2_P4": 3, "own_toy": 0, "toy": 4}
     sources = open_samples(root)
-    assert sorted(s.name for s in sources) == ["P1", "P2_day28", "geo_GSM1_P3", "geo_GSM2_P4", "own_toy", "toy"]
+    assert sorted(s.name for s in sources) == sorted(seeds)
     for source in sources:
-        np.testing.assert_array_equal(read(source), counts_of())
+        np.testing.assert_array_equal(read(source), counts_of(seed=seeds[source.name]))
         if source.name == "own_toy":
             assert "sample" not in source.obs  # it names its samples itself
         else:
             assert set(source.obs["sample"]) == {source.name}
     assert "open it with open_samples" in refused(root)
+
+
+def test_the_same_cells_in_two_files_are_refused(tmp_path: Path) -> None:
+    h5ad(tmp_path / "a")
+    h5ad(tmp_path / "c", toy(sp.csr_matrix(counts_of(seed=1))))  # the same barcodes of another sample
+    assert len(open_samples(tmp_path)) == 2
+    h5ad(tmp_path / "b", toy()[:7].copy())
+    with pytest.raises(ReadError) as caught:
+        open_samples(tmp_path)
+    assert f"{Path('a/toy.h5ad')} and {Path('b/toy.h5ad')} share 7 cells" in str(caught.value)
+    assert "c/" not in str(caught.value).removeprefix(str(tmp_path))
+
+
+def test_cell_ranger_multi_gives_the_filtered_cells_of_each_sample(tmp_path: Path) -> None:
+    outs = tmp_path / "outs"
+    for seed, sample in enumerate(("S1", "S2")):
+        count = outs / "per_sample_outs" / sample / "count"
+        tenx_h5(count / "sample_filtered_feature_bc_matrix.h5", seed=seed)
+        tenx_mtx(count / "sample_filtered_feature_bc_matrix", seed=seed)
+        tenx_h5(count / "sample_raw_feature_bc_matrix.h5", seed=seed)
+        tenx_mtx(count / "sample_raw_feature_bc_matrix", seed=seed)
+        (count / "sample_molecule_info.h5").touch()
+    tenx_h5(outs / "multi" / "count" / "raw_feature_bc_matrix.h5")
+    assert [s.name for s in open_samples(outs)] == ["S1", "S2"]
+    for path in (outs / "per_sample_outs" / "S1", count.parents[1] / "S1" / "count"):
+        assert [s.name for s in open_samples(path)] == ["S1"]
+    assert open_source(count / "sample_filtered_feature_bc_matrix.h5").name == "S2"
 
 
 def test_a_single_file_is_a_list_of_one(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from tiny import counts_of, tiny_bundle
 from carvae.data import results as module
 from carvae.data.readers import open_samples
 from carvae.data.results import CellResults, add_results, check_output, samples_path, write_results
+from carvae.data.schema import query_samples
 from carvae.errors import ConfigError, GeneError
 from carvae.labels.tree import LabelTree
 from carvae.predict import annotate, embed
@@ -50,7 +51,7 @@ def cells(n: int = 30, seed: int = 0, n_genes: int = 12) -> ad.AnnData:
     return adata
 
 
-def results_of(n: int, state: str = "x") -> CellResults:
+def results_of(n: int, state: str = "x", sample: np.ndarray | None = None) -> CellResults:
     index = pd.Index([f"r{i}" for i in range(n)])
     return CellResults(
         obs=pd.DataFrame(
@@ -58,6 +59,7 @@ def results_of(n: int, state: str = "x") -> CellResults:
             index=index,
         ),
         latent=np.arange(2.0 * n, dtype=np.float32).reshape(n, 2),
+        sample=np.full(n, "s", dtype=object) if sample is None else sample,
         probability={"carvae_probability": np.ones((n, 2), np.float32)},
         uns={"bundle_id": "abc", "states": {"state": np.array(["x", "y"], dtype=object)}, "weak_labels": False},
     )
@@ -74,7 +76,8 @@ def stored(folder: Path, name: str = "q.h5ad", adata: ad.AnnData | None = None, 
 
 def write(query: Path, out: Path, state: str = "x", samples: pd.DataFrame | None = None) -> None:
     sources = open_samples(query)
-    write_results(query, sources, results_of(sum(s.n_cells for s in sources), state), out, samples)
+    sample = np.concatenate([query_samples(s.obs, s.name)[0] for s in sources])
+    write_results(query, sources, results_of(sum(s.n_cells for s in sources), state, sample), out, samples)
 
 
 def read(path: Path) -> ad.AnnData:
@@ -136,15 +139,17 @@ def test_an_annotated_object_holds_what_the_design_promises() -> None:
 
 def test_annotating_again_replaces_what_carvae_wrote_and_nothing_else() -> None:
     once = annotate(cells(), BUNDLE)
-    once.obs["carvae_gone"] = 1
-    once.obsm["carvae_old_probability"] = np.zeros((30, 3))
+    once.obs["carvae_reviewed"] = 1  # the user's own, whatever its name
     twice = annotate(once, BUNDLE)
     first = annotate(cells(), BUNDLE)
-    assert list(twice.obs) == list(first.obs)
+    assert set(twice.obs) == {*first.obs, "carvae_reviewed"}
     assert set(twice.obsm) == set(first.obsm)
     assert_kept(twice, cells())
+    once.uns["carvae"]["columns"] = ["carvae_state", "carvae_reviewed"]  # as if an earlier run had written it
+    assert "carvae_reviewed" not in annotate(once, BUNDLE).obs
     embedded = embed(once, BUNDLE)
-    assert not [name for name in embedded.obs if name.startswith("carvae_")], "states of another model were left"
+    assert list(embedded.obs) == list(once.obs), "an embedding leaves the labels of an annotation"
+    assert embedded.uns["carvae"]["bundle_id"] == embedded.uns["carvae_embedding"]["bundle_id"]
 
 
 def test_a_query_with_one_barcode_twice_gets_its_results_in_order() -> None:
@@ -162,7 +167,7 @@ def test_missing_genes_are_counted_and_too_many_refused() -> None:
     """Peer fault: zero-padding missing genes silently."""
     out = annotate(cells()[:, :9].copy(), BUNDLE)
     assert '"missing": ["GENE9", "GENE10", "GENE11"]' in out.uns["carvae"]["genes"]
-    with pytest.raises(GeneError, match="only 25.0% of the model's 12 genes"):
+    with pytest.raises(GeneError, match=r"only 25\.0% of the model's 12 genes"):
         annotate(cells()[:, :3].copy(), BUNDLE)
 
 
@@ -224,7 +229,7 @@ def test_a_table_has_one_row_per_cell(tmp_path: Path) -> None:
         write(source, tmp_path / name)
         table = pd.read_csv(tmp_path / name, index_col="cell")
         assert table.index.tolist() == cells().obs_names.tolist()
-        assert list(table) == ["carvae_state", "carvae_confidence", "X_carvae_1", "X_carvae_2"]
+        assert list(table) == ["sample", "carvae_state", "carvae_confidence", "X_carvae_1", "X_carvae_2"]
         assert table["X_carvae_2"].tolist() == results_of(30).latent[:, 1].tolist()
     assert (tmp_path / "o.csv.gz").read_bytes()[:2] == b"\x1f\x8b"
 

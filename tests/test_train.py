@@ -29,6 +29,7 @@ from carvae.ingest import work_folder
 from carvae.model.bundle import load
 from carvae.model.cohort import Cohort
 from carvae.model.metrics import score_axis
+from carvae.model.run_log import wandb_mode
 
 train = import_module("carvae.train")  # an import by name would give the verb
 RUN_KILLED = 120
@@ -137,10 +138,40 @@ def test_a_changed_setting_does_not_continue_from_another_run(world: World, tmp_
     with mock.patch.object(train.Objective, "on_train_epoch_start", die), pytest.raises(KilledError):
         train_here(world, tmp_path / "a", train=SHORT)
     assert list((tmp_path / "a.work").rglob("last.ckpt"))
+    table = work_folder(tmp_path / "a") / "fit" / "log" / "metrics.csv"
+    before = table.read_text(encoding="utf-8")
+    (table.parents[1] / "wandb" / "offline-run-1").mkdir(parents=True)
+    with mock.patch.object(train.Objective, "on_train_epoch_start", die), pytest.raises(KilledError):
+        train_here(world, tmp_path / "a", train=SHORT)
+    assert table.read_text(encoding="utf-8") == before, "going on lost the log, or told it twice"
     changed = SHORT | {"lr": 1e-3}
     train_here(world, tmp_path / "a", train=changed)
     train_here(world, tmp_path / "b", train=changed)
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    assert len(log_rows(tmp_path / "a", "val_loss")) == 3, "rows of the other run are left"
+    assert (table.parents[1] / "wandb" / "offline-run-1").exists()
+
+
+def test_a_run_that_goes_on_has_the_log_of_an_uninterrupted_one(world: World, tmp_path: Path) -> None:
+    def die(self: Any) -> None:
+        if self.current_epoch == 2:
+            raise KeyError("killed")
+
+    with mock.patch.object(train.Objective, "on_train_epoch_start", die), pytest.raises(KeyError):
+        train_here(world, tmp_path / "a", train=SHORT)
+    for name in ("a", "b"):
+        train_here(world, tmp_path / name, train=SHORT)
+    for column in ("train_loss", "val_loss"):
+        one, other = ([row[column] for row in log_rows(tmp_path / name, column)] for name in ("a", "b"))
+        assert len(one) == 3
+        assert one == other
+
+
+def test_cuda_without_a_gpu_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    config = Config.parse({"output": str(tmp_path / "m"), "train": {"accelerator": "cuda"}})
+    with mock.patch.object(torch.cuda, "is_available", return_value=False):
+        with pytest.raises(TrainError, match=r"train\.accelerator is cuda, but torch finds no CUDA device"):
+            train.run(config)
 
 
 # -- schedules
@@ -367,6 +398,21 @@ def test_wandb_works_offline_without_an_account_and_tells_no_names(world: World,
     assert b"kl_warmup" in content
     for secret in secrets(world):
         assert secret not in content
+
+
+@pytest.mark.parametrize(
+    ("setting", "environment", "mode"),
+    [
+        ("offline", "online", "offline"),
+        ("disabled", "online", "disabled"),
+        ("online", "dryrun", "offline"),
+        ("online", "", "online"),
+        ("offline", "disabled", "disabled"),
+        ("offline", "shared", "offline"),
+    ],
+)
+def test_the_environment_can_make_wandb_less_public_alone(setting: str, environment: str, mode: str) -> None:
+    assert wandb_mode(setting, environment) == mode
 
 
 def test_wandb_can_be_switched_off(world: World) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
 import pandas as pd
 import zarr
 from anndata import AnnData, OldFormatWarning
@@ -17,6 +18,7 @@ from anndata.io import read_elem
 
 from carvae.data.counts import Candidate, Opened
 from carvae.data.matrices import (
+    GeneSubset,
     Held,
     Matrix,
     Node,
@@ -28,10 +30,30 @@ from carvae.data.matrices import (
     stored_by_gene,
     stored_matrix,
 )
+from carvae.data.tenx import FEATURE_TYPES, gene_expression
 from carvae.errors import CountsError, ReadError
 
 ID_COLUMNS = ("gene_ids", "gene_id", "ensembl_id", "ensembl_gene_id", "feature_id", "ensembl")
 SYMBOL_COLUMNS = ("feature_name", "gene_symbols", "gene_symbol", "gene_name", "gene_names", "symbol", "gene_short_name")
+TYPE_COLUMNS = ("feature_types", "feature_type", "modality")
+COUNT_LAYERS = ("counts", "raw_counts", "umi")
+"""Layers that are looked at before raw, in this order."""
+PARTIAL_LAYERS = frozenset({"ambiguous", "matrix", "spliced", "unspliced"})
+"""By velocyto and loom: a part of the counts, or counted otherwise; taken only if named."""
+
+
+_Keep = np.ndarray[Any, np.dtype[np.int64]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Genes:
+    """The genes among the features of a var."""
+
+    names: list[str]
+    ids: list[str] | None
+    keep: _Keep | None
+    """Their positions; None if every feature is a gene."""
+    notes: tuple[str, ...]
 
 
 @dataclass(slots=True)
@@ -42,18 +64,23 @@ class _Place:
     key: str
     shape: tuple[int, int]
     where: str
+    keep: _Keep | None
     turned: Matrix | None = None
 
     @contextmanager
     def __call__(self) -> Iterator[Matrix]:
         if self.turned is not None:
-            yield self.turned
+            yield _kept(self.turned, self.keep)
             return
         with _store(self.path) as root:
             matrix = stored_matrix(root[self.key], self.shape, self.where)
             if stored_by_gene(root[self.key]):
                 self.turned = matrix
-            yield matrix
+            yield _kept(matrix, self.keep)
+
+
+def _kept(matrix: Matrix, keep: _Keep | None) -> Matrix:
+    return matrix if keep is None else GeneSubset(matrix, keep)
 
 
 @contextmanager
@@ -83,8 +110,9 @@ def open_anndata(path: Path, counts: str, name: str) -> Opened:
             matrix = member(root["raw"], "X", f"{path}/raw") if is_raw else root[key]
             if not hasattr(matrix, "shape"):
                 check_group(matrix, f"{path}/{key}")
-            place = _Place(path, key, (len(obs), len(table)), f"{path}/{key}")
-            candidates.append(Candidate(where, *_gene_names(table), place))
+            genes = _genes(table, f"{path}/{key}")
+            place = _Place(path, key, (len(obs), len(table)), f"{path}/{key}", genes.keep)
+            candidates.append(Candidate(where, genes.names, genes.ids, place, genes.notes))
     return Opened(name, obs, candidates)
 
 
@@ -94,12 +122,18 @@ def _places(root: Node, path: Path) -> list[str]:
         names.append("X")
     if "layers" in root:
         layers = member(root, "layers", str(path))
-        names += [f"layers/{layer}" for layer in sorted(layers, key=lambda layer: (layer != "counts", layer))]
+        names += [f"layers/{layer}" for layer in layers]
         for layer in layers:
             member(layers, layer, f"{path}/layers")
     if "raw" in root and not _is_null(member(root, "raw", str(path))) and "X" in root["raw"]:
         names.append("raw")
-    return names
+    return _ordered(names)
+
+
+def _ordered(places: Iterable[str]) -> list[str]:
+    """X, the layers named as counts, raw, the other layers."""
+    first = ["X", *(f"layers/{layer}" for layer in COUNT_LAYERS), "raw"]
+    return sorted(places, key=lambda place: (first.index(place) if place in first else len(first), place))
 
 
 def _is_null(node: Node) -> bool:
@@ -107,10 +141,13 @@ def _is_null(node: Node) -> bool:
 
 
 def _chosen(places: list[str], counts: str, name: str) -> list[str]:
-    if counts == "auto" and places:
-        return places
     if counts in places:
         return [counts]
+    whole = [place for place in places if place.removeprefix("layers/").casefold() not in PARTIAL_LAYERS]
+    if counts == "auto" and whole:
+        return whole
+    if counts == "auto" and places:
+        raise CountsError(f"{name} has only {', '.join(places)}, never taken unasked; name one of them with `counts:`")
     asked = "" if counts == "auto" else f" at {counts!r}"
     raise CountsError(f"{name} has no matrix{asked}; it has {', '.join(places) or 'none at all'}")
 
@@ -149,6 +186,20 @@ def _gene_names(var: pd.DataFrame) -> tuple[list[str], list[str] | None]:
     return names, None
 
 
+def _genes(var: pd.DataFrame, where: str) -> _Genes:
+    """The genes of a var; features that it calls other than gene expression are left out, as from a 10x matrix."""
+    names, ids = _gene_names(var)
+    columns = {str(column).casefold(): column for column in var.columns}
+    for column in (columns[c] for c in TYPE_COLUMNS if c in columns):
+        types = var[column].astype(str).tolist()
+        if not FEATURE_TYPES.isdisjoint(types):
+            keep, notes = gene_expression(types, where)
+            if len(keep) < len(types):
+                return _Genes([names[i] for i in keep], ids and [ids[i] for i in keep], keep, notes)
+            break
+    return _Genes(names, ids, None, ())
+
+
 def open_memory(adata: AnnData, counts: str, name: str) -> Opened:
     """The obs and the candidates of an AnnData, which is never changed; a backed one is read from its file.
 
@@ -166,15 +217,17 @@ def open_memory(adata: AnnData, counts: str, name: str) -> Opened:
     values: dict[str, tuple[Any, pd.DataFrame]] = {}
     if adata.X is not None:
         values["X"] = adata.X, adata.var
-    for layer in sorted(adata.layers, key=lambda layer: (layer != "counts", layer)):
+    for layer in adata.layers:
         values[f"layers/{layer}"] = adata.layers[layer], adata.var
     if adata.raw is not None:
         values["raw"] = adata.raw.X, adata.raw.var
     candidates = []
     with reading(name):
-        for where in _chosen(list(values), counts, name):
+        for where in _chosen(_ordered(values), counts, name):
             matrix = memory_matrix(values[where][0], f"{name} {where}")
-            candidates.append(Candidate(where, *_gene_names(values[where][1]), Held(matrix)))
+            genes = _genes(values[where][1], f"{name} {where}")
+            held = Held(_kept(matrix, genes.keep))
+            candidates.append(Candidate(where, genes.names, genes.ids, held, genes.notes))
     return Opened(name, adata.obs.copy(), candidates)
 
 

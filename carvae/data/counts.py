@@ -44,6 +44,8 @@ class Candidate:
     genes: list[str]
     gene_ids: list[str] | None
     open: Callable[[], AbstractContextManager[Matrix]]
+    notes: tuple[str, ...] = ()
+    """What is worth saying if this place is the one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,6 @@ class Opened:
     name: str
     obs: pd.DataFrame
     candidates: list[Candidate]
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

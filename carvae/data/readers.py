@@ -23,9 +23,10 @@ from carvae.data.tenx import mtx_parts, open_10x, open_mtx
 from carvae.errors import CarvaeError, CountsError, ReadError, join_problems
 
 SEARCH_DEPTH = 5
+FEWEST_COUNTS_COPIED = 10  # with fewer, cells of two raw matrices may agree by chance
 PLAIN_NAMES = frozenset(
     "filtered_feature_bc_matrix filtered_gene_bc_matrices raw_feature_bc_matrix raw_gene_bc_matrices outs count matrix "
-    "sample_filtered_feature_bc_matrix sample_raw_feature_bc_matrix filtered raw GRCh38 hg19".split()
+    "sample_filtered_feature_bc_matrix sample_raw_feature_bc_matrix filtered raw per_sample_outs GRCh38 hg19".split()
 )
 """Names by Cell Ranger that say nothing about the sample."""
 
@@ -69,12 +70,13 @@ def open_samples(path: Path | str | AnnData, *, counts: str = "auto") -> list[Co
     Raises
     ------
     ReadError, CountsError
-        With all broken samples at once.
+        With all broken samples at once, or if the same cells are in two of them.
     """
     if isinstance(path, AnnData) or not _is_folder_of_samples(Path(path)):
         return [open_source(path, counts=counts)]
     root, sources, problems = Path(path), [], []
-    for part in _find_samples(root):
+    parts = _find_samples(root)
+    for part in parts:
         try:
             sources.append(_with_sample(open_source(part, counts=counts, name=_sample_name(part, root))))
         except CarvaeError as error:
@@ -87,7 +89,33 @@ def open_samples(path: Path | str | AnnData, *, counts: str = "auto") -> list[Co
     names = [source.name for source in sources]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ReadError(f"{root} holds several samples of one name ({', '.join(twice)}); rename the files or folders")
+    _refuse_shared(root, parts, sources)
     return sources
+
+
+def _refuse_shared(root: Path, parts: Sequence[Path], sources: Sequence[CountsSource]) -> None:
+    """Refuse cells that are in two files, which would leak between training and validation."""
+    tables = [
+        pd.DataFrame({"cell": source.obs.index, "print": source._verified.print_N, "file": number})[
+            source._verified.total_N >= FEWEST_COUNTS_COPIED
+        ]
+        for number, source in enumerate(sources)
+    ]
+    table = pd.concat(tables, ignore_index=True)
+    table = table[table.duplicated(["cell", "print"], keep=False)]
+    first = table.groupby(["cell", "print"])["file"].transform("first")
+    pairs = (
+        pd.DataFrame({"first": first, "file": table["file"]})[first != table["file"]]
+        .value_counts(sort=False)
+        .reset_index()
+    )
+    shared = [
+        f"{parts[one].relative_to(root)} and {parts[other].relative_to(root)} share {n_cells:,} cells "
+        "(same barcode, same counts)"
+        for one, other, n_cells in pairs.itertuples(index=False, name=None)
+    ]
+    if shared:
+        raise ReadError(f"{root} holds cells twice: {'; '.join(shared)}; keep one file of each pair")
 
 
 def open_source(path: Path | str | AnnData, *, counts: str = "auto", name: str | None = None) -> CountsSource:
@@ -98,8 +126,8 @@ def open_source(path: Path | str | AnnData, *, counts: str = "auto", name: str |
     path
         .h5ad, zarr store, 10x .h5, 10x matrix folder, or an AnnData, which is never changed.
     counts
-        ``auto`` tries X, ``layers["counts"]``, the other layers and raw, in this order; ``X``, ``raw`` or
-        ``layers/NAME`` looks only there.
+        ``auto`` tries X, the layers counts, raw_counts and umi, raw, and the other layers but ambiguous, matrix,
+        spliced and unspliced, in this order; ``X``, ``raw`` or ``layers/NAME`` looks only there.
     name
         Name of the source for messages and as sample; that of the file or folder if not given.
 
@@ -171,7 +199,7 @@ def _finish(opened: Opened) -> CountsSource:
     verified = find_counts(usable, name, cells)
     obs, copied = _told_apart(obs, cells, verified, name)
     n_empty = int((verified.total_N == 0).sum())
-    notes = [*opened.notes, *copied]
+    notes = [*verified.candidate.notes, *copied]
     if verified.where not in ("X", "matrix"):
         notes.append(f"raw counts were found in {verified.where}")
     if n_empty:
@@ -245,7 +273,9 @@ def _find_samples(folder: Path, depth: int = 0) -> list[Path]:
     names = {entry.name for entry in entries}
     for entry in entries:
         twin = entry.name.replace("raw_", "filtered_", 1)
-        if entry.name.startswith(("raw_", "molecule_info")) and (
+        if entry.name == "multi" and "per_sample_outs" in names:
+            continue  # the raw matrix of all samples together
+        if entry.name.removeprefix("sample_").startswith(("raw_", "molecule_info")) and (
             {twin, f"{twin}.h5", twin.removesuffix(".h5")} & names
         ):
             continue
@@ -271,6 +301,8 @@ def _sample_name(path: Path, root: Path) -> str:
 
 
 def _stem(file: str) -> str:
-    for end in (".gz", ".h5ad", ".zarr", ".h5", "matrix.mtx", "filtered_feature_bc_matrix", "raw_feature_bc_matrix"):
+    for end in (".gz", ".h5ad", ".zarr", ".h5", "matrix.mtx"):
         file = file.removesuffix(end)
+    for end in ("filtered_feature_bc_matrix", "raw_feature_bc_matrix"):
+        file = file.removesuffix(f"sample_{end}").removesuffix(end)
     return file.rstrip("_.-")

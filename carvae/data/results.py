@@ -7,9 +7,10 @@ written anew from its stream of counts.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,10 +29,10 @@ from numpy.typing import NDArray
 
 from carvae.data.atomic import replacing_file, replacing_folder
 from carvae.data.readers import CountsSource
-from carvae.data.schema import harmonise
 from carvae.errors import ConfigError
 
-PREFIX = "carvae_"
+log = logging.getLogger(__name__)
+
 LATENT = "X_carvae"
 TABLES = (".csv", ".csv.gz")
 ZARR_CHUNK = 1 << 17
@@ -47,10 +48,21 @@ class CellResults:
     obs: pd.DataFrame
     """Columns for ``obs``, all named ``carvae_...``."""
     latent: NDArray[np.float32]
+    sample: NDArray[np.object_]
+    """Sample of each cell."""
     probability: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     """Key of ``obsm`` -> probabilities."""
     uns: dict[str, Any] = field(default_factory=dict)
     """For ``uns["carvae"]``."""
+
+    def uns_key(self, annotated: bool) -> str:
+        """Key of ``uns``: an embedding of what was annotated before does not pass for the source of its labels."""
+        return "carvae" if len(self.obs.columns) or not annotated else "carvae_embedding"
+
+    def replaced(self, earlier: Mapping[str, Any]) -> set[str]:
+        """Columns of ``obs`` that go: those of the same names, and when labelling those that an earlier run wrote."""
+        written = earlier.get("columns", ()) if len(self.obs.columns) else ()
+        return {*map(str, self.obs.columns), *map(str, written)}
 
     def obsm(self) -> dict[str, NDArray[np.float32]]:
         """Everything for ``obsm``."""
@@ -58,12 +70,10 @@ class CellResults:
 
 
 def add_results(adata: AnnData, results: CellResults) -> None:
-    """Put results into an AnnData; those of an earlier run of carvae are replaced, nothing else is touched."""
-    adata.obs = _joined(adata.obs, results.obs)
-    for key in [k for k in adata.obsm if k.startswith(PREFIX)]:
-        del adata.obsm[key]
+    """Put results into an AnnData; what an earlier run wrote is replaced, nothing else is touched."""
+    adata.obs = _joined(adata.obs, results.obs, results.replaced(adata.uns.get("carvae", {})))
     adata.obsm.update(results.obsm())
-    adata.uns["carvae"] = results.uns
+    adata.uns[results.uns_key("carvae" in adata.uns)] = results.uns
 
 
 def write_results(
@@ -85,6 +95,8 @@ def write_results(
         if out.name.endswith(TABLES):
             _table(sources, results).to_csv(scratch, index_label="cell", compression="infer")
         else:
+            if query.suffix in {".h5ad", ".zarr"} and query.suffix != out.suffix:
+                log.warning("%s takes counts and obs of %s, not its layers, obsm, uns and raw", out.name, query.name)
             _write_adata(query, sources, results, scratch)
 
 
@@ -108,39 +120,29 @@ def samples_path(out: Path) -> Path:
     return out.with_name(f"{stem}.samples.csv")
 
 
-def _joined(obs: pd.DataFrame, results: pd.DataFrame) -> pd.DataFrame:
-    kept = obs.drop(columns=[c for c in obs if str(c).startswith(PREFIX)])
+def _joined(obs: pd.DataFrame, results: pd.DataFrame, replaced: set[str]) -> pd.DataFrame:
+    kept = obs.drop(columns=[c for c in obs if c in replaced])
     return pd.concat([kept, results.set_axis(kept.index)], axis=1)
 
 
-def _sample(source: CountsSource) -> NDArray[np.object_]:
-    """The sample of each cell, by whatever name the query calls it."""
-    sample: NDArray[np.object_] = (
-        harmonise(source.obs, source.name, {}, {}, require=())["sample"].astype(str).to_numpy(dtype=object)
-    )
-    return sample
-
-
-def _cells(sources: Sequence[CountsSource]) -> pd.DataFrame:
+def _cells(sources: Sequence[CountsSource], results: CellResults) -> pd.DataFrame:
     """The ``obs`` of all cells; of several sources with the sample as a column, and in barcodes that clash."""
     if len(sources) == 1:
         return sources[0].obs
-    obs = pd.concat(
-        [source.obs if "sample" in source.obs else source.obs.assign(sample=_sample(source)) for source in sources]
-    )
+    obs = pd.concat([source.obs for source in sources])
+    obs["sample"] = results.sample
     if not obs.index.is_unique:
         obs.index = pd.Index([f"{cell}_{source.name}" for source in sources for cell in source.obs.index], dtype=object)
     return obs
 
 
 def _table(sources: Sequence[CountsSource], results: CellResults) -> pd.DataFrame:
-    """Cells as rows: barcode, sample where there are several, results, and the latent coordinates."""
-    cells = _cells(sources)
+    """Cells as rows: barcode, sample, results, and the latent coordinates."""
+    cells = _cells(sources, results)
     names = [f"{LATENT}_{k + 1}" for k in range(results.latent.shape[1])]
     latent = pd.DataFrame(results.latent, index=cells.index, columns=names)
     table = pd.concat([results.obs.set_axis(cells.index), latent], axis=1)
-    if len(sources) > 1:
-        table.insert(0, "sample", np.concatenate([_sample(source) for source in sources]))
+    table.insert(0, "sample", results.sample)
     return table
 
 
@@ -153,16 +155,15 @@ def _write_adata(query: Path, sources: Sequence[CountsSource], results: CellResu
     with _readable_by_others(), _opened(scratch) as root:
         if not copied:
             _write_counts(root, sources)
-        obs = read_elem(root["obs"]) if copied else _cells(sources)
-        _write(root, "obs", _plain(_joined(obs, results.obs)))
+        obs = read_elem(root["obs"]) if copied else _cells(sources, results)
+        earlier = read_elem(root["uns/carvae"]) if "uns/carvae" in root else {}
+        _write(root, "obs", _plain(_joined(obs, results.obs, results.replaced(earlier))))
         for part in ("obsm", "uns"):
             if part not in root:
                 write_elem(root, part, {})
-        for key in [k for k in root["obsm"] if k.startswith(PREFIX) or k == LATENT]:
-            del root["obsm"][key]
         for key, values in results.obsm().items():
             _write(root, f"obsm/{key}", values)
-        _write(root, "uns/carvae", results.uns)
+        _write(root, f"uns/{results.uns_key('carvae' in root['uns'])}", results.uns)
 
 
 def _readable_by_others() -> AbstractContextManager[None]:

@@ -127,6 +127,27 @@ def inspect_obs(
     return work.run()
 
 
+def query_samples(
+    obs: pd.DataFrame, name: str, column: str | None = None
+) -> tuple[np.ndarray[Any, np.dtype[np.object_]], tuple[str, ...]]:
+    """The sample of each cell of a query, and notes on how it was found.
+
+    Taken from ``column`` where given, else from the contract's or a customary column; ``name`` for all cells where
+    there is none, and "unknown sample" where a cell has none.
+
+    Raises
+    ------
+    SchemaError
+        ``obs`` has no such ``column``, or it cannot be used.
+    """
+    found = inspect_obs(obs, name, {"sample": column} if column else {}, {}, require=())
+    raise_problems(found.problems)
+    notes = tuple(note for note in found.notes if "sample" in note)
+    if "sample" not in found.obs:
+        return np.full(len(obs), name, dtype=object), notes
+    return found.obs["sample"].astype("string").fillna("unknown sample").to_numpy(dtype=object), notes
+
+
 def check_studies(studies: Sequence[Harmonised]) -> None:
     """Refuse studies that break the contract, each alone or together.
 

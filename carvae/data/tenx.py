@@ -29,6 +29,13 @@ from carvae.data.matrices import (
 from carvae.errors import ReadError
 
 GENE_EXPRESSION = "Gene Expression"
+FEATURE_TYPES = frozenset(
+    {
+        GENE_EXPRESSION, "Antibody Capture", "Antigen Capture", "CRISPR Guide Capture", "Multiplexing Capture",
+        "Custom", "Peaks",
+    }
+)  # fmt: skip
+"""Cell Ranger's words; they tell a column of feature types from one of biotypes, which CELLxGENE calls alike."""
 SHORTEST_LINE = len("1 1 1\n")
 MTX_HEAD = "%%matrixmarket matrix coordinate"
 
@@ -85,26 +92,31 @@ def open_10x(path: Path, file: h5py.File, name: str) -> Opened:
     declared = tuple(int(n) for n in group["shape"][:])
     if declared != (len(table[0]), len(cells)) or len(table[1]) != len(table[0]):
         raise ReadError(f"{path} declares {declared} genes and cells but names {len(table[0]):,} and {len(cells):,}")
-    keep, genes, ids, notes = _gene_expression(table, path)
-    place = _Place10x(path, groups[0], (len(cells), len(table[0])), keep)
-    return Opened(name, _sample_obs(cells, name), [Candidate("matrix", genes, ids, place)], notes)
+    names, ids, types = table
+    keep, notes = gene_expression(types, str(path))
+    place = _Place10x(path, groups[0], (len(cells), len(names)), keep)
+    candidate = Candidate("matrix", [names[i] for i in keep], [ids[i] for i in keep], place, notes)
+    return Opened(name, _sample_obs(cells, name), [candidate])
 
 
 def _strings(array: Node) -> list[str]:
     return [value.decode(errors="replace") if isinstance(value, bytes) else str(value) for value in array[:]]
 
 
-def _gene_expression(
-    table: list[list[str]], path: Path
-) -> tuple[np.ndarray[Any, np.dtype[np.int64]], list[str], list[str], tuple[str, ...]]:
-    """Which features (names, ids, types) are genes, with names and ids of those, and a note on the others."""
-    names, ids, types = table
+def gene_expression(types: list[str], where: str) -> tuple[np.ndarray[Any, np.dtype[np.int64]], tuple[str, ...]]:
+    """Which features are genes by their types, and a note on the others.
+
+    Raises
+    ------
+    ReadError
+        If none is.
+    """
     keep = np.array([i for i, kind in enumerate(types) if kind == GENE_EXPRESSION], dtype=np.int64)
     if not len(keep):
-        raise ReadError(f"{path} has no {GENE_EXPRESSION!r} features, only {', '.join(sorted(set(types))) or 'none'}")
+        raise ReadError(f"{where} has no {GENE_EXPRESSION!r} features, only {', '.join(sorted(set(types))) or 'none'}")
     others = sorted(set(types) - {GENE_EXPRESSION})
     notes = (f"{len(types) - len(keep):,} features of {', '.join(others)} are left out",) if others else ()
-    return keep, [names[i] for i in keep], [ids[i] for i in keep], notes
+    return keep, notes
 
 
 def _sample_obs(cells: list[str], name: str) -> pd.DataFrame:
@@ -149,17 +161,15 @@ def open_mtx(parts: MtxParts, name: str) -> Opened:
     """
     cells = [fields[0] for fields in _table(parts.barcodes)]
     features = _table(parts.features)
-    table = [
-        [fields[1] if len(fields) > 1 else fields[0] for fields in features],
-        [fields[0] for fields in features],
-        [fields[2] if len(fields) > 2 else GENE_EXPRESSION for fields in features],  # noqa: PLR2004 (v2 has two)
-    ]
+    names = [fields[1] if len(fields) > 1 else fields[0] for fields in features]
+    types = [fields[2] if len(fields) > 2 else GENE_EXPRESSION for fields in features]  # noqa: PLR2004 (v2 has two)
     _check_header(parts, len(features), len(cells))
     by_gene = scipy.io.mmread(parts.matrix)
     matrix = memory_matrix(by_gene.T.tocsr(), str(parts.matrix))
-    keep, genes, ids, notes = _gene_expression(table, parts.matrix)
+    keep, notes = gene_expression(types, str(parts.matrix))
     held = Held(matrix if len(keep) == len(features) else GeneSubset(matrix, keep))
-    return Opened(name, _sample_obs(cells, name), [Candidate("matrix", genes, ids, held)], notes)
+    candidate = Candidate("matrix", [names[i] for i in keep], [features[i][0] for i in keep], held, notes)
+    return Opened(name, _sample_obs(cells, name), [candidate])
 
 
 def _unpacked(path: Path) -> IO[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import logging
 from collections.abc import Mapping as MappingOf
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,12 @@ import pandas as pd
 
 from carvae.errors import LabelError, join_problems
 from carvae.labels.signatures import Signatures, weak_labels
-from carvae.labels.tree import EncodedLabels, LabelTree, Mapping, concatenate, encode, prune
+from carvae.labels.tree import NOT_A_LABEL, EncodedLabels, LabelTree, Mapping, concatenate, encode, prune
+
+log = logging.getLogger(__name__)
+
+SOUNDS_MISSING = frozenset({"unlabelled", "unlabeled", "unassigned", "unclassified", "doublet", "nan", "none"})
+"""Words, in lower case, that rarely name a cell state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +80,8 @@ def label_cells(
             continue
         rows.append(np.flatnonzero(cells))
         try:
+            if entry.labelled:
+                _tell_labels(name, label[cells], entry.missing)
             mapping = None if entry.mapping is None else Mapping.read(entry.mapping)
             parts.append(encode(label[cells], tree, mapping, ("", *entry.missing)))
             if weak is not None and not entry.labelled:
@@ -82,9 +91,33 @@ def label_cells(
             problems.append(f"study {name!r}: {error}")
     if problems:
         raise LabelError(problems[0] if len(problems) == 1 else join_problems("labels cannot be used", problems))
+    if tree_file is None:
+        _warn_of_missing(tree)
     by_study = np.concatenate(rows)
     assert by_study.size == len(label), "a cell is of no study"
     return CohortLabels(*prune(tree, concatenate(parts).take(np.argsort(by_study))))
+
+
+def _tell_labels(study: str, label: pd.Series[str], missing: tuple[str, ...]) -> None:
+    """Log the labels of one study with their counts; refuse a missing label that does not occur: it is misspelt."""
+    counts = label.astype(str).value_counts()
+    occurring = sorted(set(counts.index) - NOT_A_LABEL)
+    absent = [value for value in missing if value not in occurring and value not in NOT_A_LABEL]
+    if absent:
+        lower = {text.casefold(): text for text in occurring}
+        near = difflib.get_close_matches(absent[0].casefold(), list(lower), n=1, cutoff=0.0)
+        hint = f"; did you mean {lower[near[0]]!r}?" if near else ""
+        raise LabelError(f"missing_labels names {', '.join(map(repr, absent))}, which no cell of the study bears{hint}")
+    kept = [text for text in occurring if text not in missing]
+    said = ", ".join(f"{text} ({counts[text]:,})" for text in kept) or "none"
+    unlabelled = int(counts.sum()) - int(counts[kept].sum())
+    log.info("study %r: labels %s; %s cells without a label", study, said, f"{unlabelled:,}")
+
+
+def _warn_of_missing(tree: LabelTree) -> None:
+    for leaf in tree.axes[0].leaves:
+        if leaf.casefold() in SOUNDS_MISSING:
+            log.warning("%r is taken as a cell state; if it means 'not labelled', name it in missing_labels", leaf)
 
 
 def _flat(label: pd.Series[str], study: pd.Series[str], how: MappingOf[str, StudyLabels]) -> LabelTree:
