@@ -177,7 +177,7 @@ def test_what_is_no_store_or_of_another_layout_is_refused(stored: Path, tmp_path
 
 def test_a_lost_part_is_refused_not_read_as_zeros(stored: Path, tmp_path: Path) -> None:
     parts = sorted(p.relative_to(stored) for p in stored.rglob("*") if p.is_file() and "c" in p.parent.parts)
-    assert len(parts) == 8  # measured, indptr, gene, count and four columns
+    assert len(parts) == 9  # measured, indptr, gene, count and four columns
     for part in parts:
         copy = tmp_path / "copy"
         shutil.copytree(stored, copy)
