@@ -180,7 +180,7 @@ def test_most_genes_missing(world: World, tmp_path: Path, verb: str) -> None:
     query = write(few_genes(world.query, panel_of(world), 0.395), tmp_path / "Q.h5ad")
     before = sha256(query)
     answer = carvae(verb, query, "--model", world.bundle, "--out", tmp_path / "A.h5ad")
-    assert_refused(answer, "% of the model's 1139 genes are in the query", "40%", "give the unfiltered matrix")
+    assert_refused(answer, "% of the model's 1139 genes are in the query", "40.0%", "give the unfiltered matrix")
     assert [p.name for p in tmp_path.iterdir()] == ["Q.h5ad"]
     assert sha256(query) == before
 

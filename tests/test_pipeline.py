@@ -196,7 +196,7 @@ def test_embed_gives_the_embedding_of_annotate_and_no_labels(
         latent, columns = result.obsm["X_carvae"], result.obs.columns
     else:
         table = pd.read_csv(out, index_col="cell")
-        latent, columns = table.to_numpy(np.float32), []
+        latent, columns = table.drop(columns="sample").to_numpy(np.float32), table.columns
     np.testing.assert_array_equal(latent, annotated.obsm["X_carvae"])
     assert not [c for c in columns if c.startswith("carvae_")]
 
