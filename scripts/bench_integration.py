@@ -123,7 +123,7 @@ def carvae(adata: ad.AnnData, seed: int, overrides: tuple[str, ...]) -> Embeddin
             "path": file,
             "obs": {"sample": "batch", "patient": "batch"},
             "label": "label",
-            "missing_labels": [MISSING],
+            "missing_labels": sorted({MISSING} & set(adata.obs["label"])),
         }
         section = config.ingest.model_dump() | {"studies": {"pbmc": study}, "exclude_genes": []}
         settings = {"ingest": section, "seed": seed, "output": Path(temporary) / "bundle"}
