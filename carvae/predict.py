@@ -27,8 +27,8 @@ from carvae.data.readers import CountsSource, open_samples, open_source
 from carvae.data.results import CellResults, add_results, check_output, samples_path, write_results
 from carvae.data.schema import query_samples
 from carvae.errors import BundleError
+from carvae.labels.axis import RESERVED, main_first
 from carvae.labels.signatures import coverage, score
-from carvae.labels.tree import RESERVED
 from carvae.model.bundle import Bundle, load
 from carvae.model.network import Prediction
 
@@ -108,14 +108,13 @@ def _results(
     cells = pd.concat([part.cells for part in parts])
     sample = np.concatenate([part.sample for part in parts])
     states = {axis.name: axis.leaves for axis in bundle.tree.axes} if label and bundle.tree else {}
-    main = _main_axis(tuple(states))
     obs = cells.drop(columns=_marker_columns(), errors="ignore")
     results = CellResults(
         obs=obs,
         sample=sample,
         latent=np.concatenate([part.latent for part in parts]),
         probability={
-            "carvae_probability" if axis == main else f"carvae_{axis}_probability": np.concatenate(
+            "carvae_probability" if axis == bundle.axes[0] else f"carvae_{axis}_probability": np.concatenate(
                 [part.probability[axis] for part in parts]
             )
             for axis in states
@@ -149,11 +148,12 @@ class _Stream:
             log.info("%s: %s", source.name, note)
         resolved = GeneTable.default().resolve(source.genes, source.gene_ids)
         alignment = bundle.align(resolved, config.min_overlap)
-        self.matrix, self.receipt, self.symbols = alignment.matrix, alignment.receipt, resolved.symbols
-        unscored = [s.signature for s in coverage([str(s) for s in self.symbols], bundle.signatures) if not s.scored]
+        self.matrix, self.receipt = alignment.matrix, alignment.receipt
+        self.symbols = [str(symbol) for symbol in resolved.symbols]
+        unscored = [s.signature for s in coverage(self.symbols, bundle.signatures) if not s.scored]
         if label and unscored:
             log.info("%s: too few genes to score %s; those columns are empty", source.name, ", ".join(unscored))
-        columns = [np.flatnonzero(self.symbols == gene) for gene in MARKERS]
+        columns = [np.flatnonzero(resolved.symbols == gene) for gene in MARKERS]
         self.markers = {gene: column for gene, column in zip(MARKERS, columns, strict=True) if column.size}
 
     def run(self) -> _Part:
@@ -176,9 +176,9 @@ class _Stream:
         assert self.bundle.tree is not None
         panel_counts = np.asarray(panel.sum(axis=1)).ravel()
         seen = panel_counts >= self.config.min_counts
-        main = _main_axis(self.bundle.axes)
+        main = self.bundle.axes[0]
         table: dict[str, Any] = {}
-        for axis in sorted(self.bundle.tree.axes, key=lambda a: a.name != main):
+        for axis in map(self.bundle.tree.__getitem__, self.bundle.axes):
             probability = prediction.probability_NS[axis.name]
             names = np.array([*axis.leaves, RESERVED])
             code = np.where(seen, probability.argmax(1), len(axis.leaves))
@@ -190,15 +190,10 @@ class _Stream:
         table["carvae_n_panel_counts"] = panel_counts
         for gene, columns in self.markers.items():
             table[f"{gene}+"] = np.asarray(chunk[:, columns].sum(axis=1)).ravel() > 0
-        scores = score(chunk, [str(s) for s in self.symbols], self.bundle.signatures)
+        scores = score(chunk, self.symbols, self.bundle.signatures)
         return pd.DataFrame(table).assign(
             **{f"carvae_score_{name}": scores[name].to_numpy(np.float32) for name in scores}
         )
-
-
-def _main_axis(axes: Sequence[str]) -> str:
-    """The axis whose columns bear no axis name: ``state`` where there is one."""
-    return "state" if "state" in axes or not axes else axes[0]
 
 
 def _marker_columns() -> list[str]:
@@ -210,7 +205,7 @@ def _sample_table(cells: pd.DataFrame, sample: NDArray[np.object_], states: dict
 
     Fractions and means are over the cells used, those that are not ``unknown``.
     """
-    main = f"carvae_{_main_axis(tuple(states))}"
+    main = f"carvae_{main_first(states)[0]}"
     rows = []
     for name, group in cells.groupby(sample, sort=True):
         used = group[group[main] != RESERVED]

@@ -5,6 +5,7 @@ Axes of arrays: N cells, S leaves, D nodes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +86,11 @@ class Axis:
     def children(self, node: str | None) -> list[str]:
         """Nodes directly below ``node``; the top nodes for None."""
         return [name for name, parent in self.parents.items() if parent == node]
+
+
+def main_first(names: Iterable[str]) -> tuple[str, ...]:
+    """Names of axes with the one whose columns and scores stand for the cell first: ``state`` where there is one."""
+    return tuple(sorted(names, key=lambda name: name != "state"))
 
 
 def parse_axis(spec: dict[str, Any], problems: list[str]) -> Axis:

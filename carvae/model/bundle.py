@@ -27,6 +27,7 @@ from carvae.data.atomic import replacing_folder
 from carvae.data.genes import GeneAlignment, GeneTable, ResolvedGenes, align
 from carvae.data.readers import open_source
 from carvae.errors import BundleError, GeneError, LabelError
+from carvae.labels.axis import main_first
 from carvae.labels.signatures import Signatures
 from carvae.labels.tree import LabelTree
 from carvae.model.network import Network, Prediction
@@ -85,8 +86,7 @@ class Bundle:
     @property
     def axes(self) -> tuple[str, ...]:
         """Label axes, the first being the one called state where there is one."""
-        names = () if self.tree is None else tuple(axis.name for axis in self.tree.axes)
-        return tuple(sorted(names, key=lambda name: name != "state"))
+        return () if self.tree is None else main_first(axis.name for axis in self.tree.axes)
 
     def save(self, path: Path | str) -> Path:
         """Write the bundle; the folder is replaced as a whole or not at all. Returns its path."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from carvae.data.split import PatientSplit
+from carvae.labels.axis import main_first
 from carvae.model.cohort import Cohort
 from carvae.model.metrics import AxisScores, score_axis
 from carvae.model.network import Network
@@ -37,7 +38,7 @@ def held_out_metrics(network: Network, cohort: Cohort, split: PatientSplit, seed
             scores[axis.name] = found
     if not scores:
         return {}
-    main = "state" if "state" in scores else next(iter(scores))
+    main = main_first(scores)[0]
     return {
         "held_out": {name: score.to_dict() for name, score in scores.items()},
         "held_out_patients": len(split.validation_patients),
