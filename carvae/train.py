@@ -194,13 +194,19 @@ class Objective(lightning.LightningModule):
 
     def training_step(self, batch: Minibatch, batch_idx: int) -> Tensor:
         """Loss of a minibatch; what the encoder sees is thinned, what the decoder explains is not."""
-        torch.manual_seed(_hash(self.config.seed, self.global_step))
+        self._seed(_hash(self.config.seed, self.global_step))
         progress = (self.global_step + 1) / self.n_steps  # so that even a single step has the full weight
         warmup = self.config.train.kl_warmup
         kl_weight = self.config.train.kl_weight * (min(1.0, progress / warmup) if warmup else 1.0)
         loss, parts = self._loss(batch, self.thin, kl_weight)
         self._accumulate(parts | {"train_loss": loss}, batch)
         return loss
+
+    def _seed(self, seed: int) -> None:
+        """What `torch.manual_seed` does, without its stack trace for devices that have not begun (0.6 ms)."""
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch's means; stop where training has diverged."""
@@ -259,7 +265,7 @@ class Objective(lightning.LightningModule):
         z_NK = posterior.mean_NK if thin is None else posterior.sample()
         elbo = self.network.vae.elbo(batch.counts, posterior, z_NK, batch.covariate_NC, batch.unmeasured_NG)
         loss = elbo.loss(kl_weight)
-        parts = {"reconstruction": elbo.reconstruction_N.mean(), "kl": elbo.kl_N.mean()}
+        parts = {"reconstruction": elbo.reconstruction, "kl": elbo.kl_N.mean()}
         for a, (axis, log_probability_NS) in enumerate(self.network.head(posterior.mean_NK).items()):
             allowed_LS = self.get_buffer(f"allowed_{a}")
             parts[f"label_{axis}"] = label_loss(

@@ -112,6 +112,8 @@ class Thinning:
 
         Entries that reach zero stay in place: ``log1p(0) = 0``, so they add nothing.
         """
+        if not (self.thinned_share or self.gene_dropout_share):
+            return counts
         n = counts.n_cells
         cell_M, count_M = counts.cell_M(), counts.count_M
         uniform = torch.rand(4, n, device=count_M.device)

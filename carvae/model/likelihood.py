@@ -19,12 +19,36 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch import nn
 from torch.nn import functional
 
 from carvae.data.sparse import CountsCSR
+from carvae.model import fused
+from carvae.model.fused import Layer, Target
 
 EPS = 1e-8
 """Added inside logarithms, as in scvi-tools."""
+
+
+def reconstruction(
+    hidden_NH: Tensor, scale: nn.Linear, zero: nn.Linear | None, log_theta_G: Tensor, target: Target
+) -> tuple[Tensor, Tensor]:
+    """Negative log likelihood of counts from the decoder's last hidden layer: `fused.decoder_loss` where it can be had.
+
+    Else the same in plain torch. Arguments and results are those of `fused.decoder_loss`, with layers of torch.
+    """
+    if fused.available(log_theta_G):
+        layers = [None if layer is None else Layer(layer.weight, layer.bias) for layer in (scale, zero)]
+        return fused.decoder_loss(hidden_NH, layers[0], layers[1], log_theta_G, target)  # type: ignore[arg-type]
+    dtype = log_theta_G.dtype  # under autocast too: the likelihood is not for bfloat16
+    logits_NG = scale(hidden_NH).to(dtype)
+    if target.unmeasured_NG is not None:
+        logits_NG = logits_NG.masked_fill(target.unmeasured_NG, -torch.inf)
+    if zero is None:
+        loss_N = nb_loss(logits_NG, log_theta_G, target.counts, target.library_N)
+    else:
+        loss_N = zinb_loss(logits_NG, zero(hidden_NH).to(dtype), log_theta_G, target.counts, target.library_N)
+    return loss_N.mean(), loss_N.detach()
 
 
 class _NegativeBinomial(torch.autograd.Function):

@@ -18,7 +18,8 @@ from torch.nn import functional
 
 from carvae.config import ModelConfig
 from carvae.data.sparse import CountsCSR
-from carvae.model.likelihood import nb_loss, zinb_loss
+from carvae.model.fused import Target, sparse_product
+from carvae.model.likelihood import reconstruction
 
 VARIANCE_EPS = 1e-4
 """Least variance of q(z|x), as in scvi-tools."""
@@ -45,12 +46,15 @@ class Posterior:
 class Elbo:
     """The two terms of the negative ELBO, in nats per cell."""
 
+    reconstruction: Tensor
+    """Mean over the cells, differentiable."""
     reconstruction_N: Tensor
+    """Each cell's, for reading: it carries no gradient."""
     kl_N: Tensor
 
     def loss(self, kl_weight: float = 1.0) -> Tensor:
         """Mean negative ELBO with a weight on the KL term."""
-        return (self.reconstruction_N + kl_weight * self.kl_N).mean()
+        return self.reconstruction + kl_weight * self.kl_N.mean()
 
 
 class SparseLinear(nn.Module):
@@ -64,14 +68,7 @@ class SparseLinear(nn.Module):
 
     def forward(self, counts: CountsCSR) -> Tensor:
         """Hidden activations [N, H]."""
-        hidden_NH = functional.embedding_bag(
-            counts.gene_M,
-            self.weight_GH,
-            counts.indptr_N[:-1].to(counts.gene_M.dtype),
-            mode="sum",
-            per_sample_weights=counts.count_M.log1p(),
-        )
-        return hidden_NH + self.bias_H
+        return sparse_product(counts, counts.count_M.log1p(), self.weight_GH) + self.bias_H
 
 
 class Encoder(nn.Module):
@@ -169,17 +166,9 @@ class CellVAE(nn.Module):
             True where the cell's study did not measure the gene; such genes add nothing.
         """
         hidden_NH = self.decoder.hidden(z_NK, covariate_NC)
-        dtype = self.log_theta_G.dtype
-        logits_NG = self.decoder.scale(hidden_NH).to(dtype)
-        if unmeasured_NG is not None:
-            logits_NG = logits_NG.masked_fill(unmeasured_NG, -torch.inf)
-        library_N = counts.library_N()
-        if self.decoder.zero is None:
-            reconstruction_N = nb_loss(logits_NG, self.log_theta_G, counts, library_N)
-        else:
-            zero_NG = self.decoder.zero(hidden_NH).to(dtype)
-            reconstruction_N = zinb_loss(logits_NG, zero_NG, self.log_theta_G, counts, library_N)
-        return Elbo(reconstruction_N, posterior.kl_N())
+        target = Target(counts, counts.library_N(), unmeasured_NG)
+        mean, loss_N = reconstruction(hidden_NH, self.decoder.scale, self.decoder.zero, self.log_theta_G, target)
+        return Elbo(mean, loss_N, posterior.kl_N())
 
     @torch.no_grad()
     def start_from_moments(self, mean_share_G: Tensor, theta_G: Tensor) -> None:

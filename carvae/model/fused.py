@@ -1,0 +1,193 @@
+"""The two ends of the network that touch every gene, each as one differentiable operation with compiled kernels.
+
+Axes: N cells, G genes, H hidden, M non-zero counts.
+
+`decoder_loss` is product, softmax and likelihood at once: the kernel turns the logits into their gradient where they
+lie, so that no second N x G tensor is made and backward is two matrix products. `sparse_product` is the encoder's first
+layer. CPU tensors go through `kernels`, CUDA tensors through `triton_kernels`; `available` says whether either can
+take them, and `likelihood` and `vae` hold the plain torch form of the same maths for the rest (float64, other devices).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from carvae.data.sparse import CountsCSR
+
+
+def available(tensor: Tensor) -> bool:
+    """Whether kernels can take tensors of this device and type."""
+    if tensor.dtype != torch.float32:
+        return False
+    return tensor.device.type == "cpu" or (tensor.device.type == "cuda" and find_spec("triton") is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Weight [G, H] and bias [G] of a linear layer onto the genes."""
+
+    weight_GH: Tensor
+    bias_G: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What the decoder explains."""
+
+    counts: CountsCSR
+    library_N: Tensor
+    unmeasured_NG: Tensor | None
+
+
+def decoder_loss(
+    hidden_NH: Tensor, scale: Layer, zero: Layer | None, log_theta_G: Tensor, target: Target
+) -> tuple[Tensor, Tensor]:
+    """Negative log likelihood under NB, or ZINB where there is a layer of zero inflation, in nats.
+
+    Products are in the type of autocast where that is on; softmax, likelihood and its sums in float32.
+
+    Parameters
+    ----------
+    hidden_NH
+        Last hidden layer of the decoder.
+    scale, zero
+        The layers that make logits of expression and of zero inflation.
+    log_theta_G
+        Log inverse dispersion.
+    target
+        Counts, their expected sum over the genes, and the genes that are not measured.
+
+    Returns
+    -------
+    The mean over cells, differentiable once in all parameters and ``hidden_NH``; and the value of each cell [N], which
+    is for reading and carries no gradient.
+    """
+    layers = (scale.weight_GH, scale.bias_G) + ((zero.weight_GH, zero.bias_G) if zero else (None, None))
+    device = hidden_NH.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+    mean, loss_N = _DecoderLoss.apply(hidden_NH, *layers, log_theta_G, target, dtype)  # type: ignore[no-untyped-call]
+    return mean, loss_N
+
+
+def sparse_product(counts: CountsCSR, value_M: Tensor, weight_GH: Tensor) -> Tensor:
+    """Sparse [N, G] x dense [G, H], with values in place of the counts; differentiable in ``weight_GH``."""
+    product_NH: Tensor = _SparseProduct.apply(counts, value_M, weight_GH)  # type: ignore[no-untyped-call]
+    return product_NH
+
+
+class _SparseProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, counts: CountsCSR, value_M: Tensor, weight_GH: Tensor) -> Tensor:
+        ctx.counts, ctx.value_M, ctx.shape = counts, value_M, weight_GH.shape
+        first_N = counts.indptr_N[:-1].to(counts.gene_M.dtype)
+        return functional.embedding_bag(counts.gene_M, weight_GH, first_N, mode="sum", per_sample_weights=value_M)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NH: Tensor) -> tuple[Tensor | None, ...]:
+        counts: CountsCSR = ctx.counts
+        dweight_GH = grad_NH.new_zeros(ctx.shape)
+        if grad_NH.device.type == "cpu":
+            from carvae.model.kernels import scatter_rows
+
+            scatter_rows(*_arrays(counts.indptr_N, counts.gene_M, ctx.value_M, grad_NH.contiguous(), dweight_GH))
+        else:
+            value_MH = grad_NH[counts.cell_M()] * ctx.value_M[:, None]
+            dweight_GH.index_add_(0, counts.gene_M, value_MH)
+        return None, None, dweight_GH
+
+
+class _DecoderLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NH: Tensor,
+        weight_GH: Tensor,
+        bias_G: Tensor,
+        zero_weight_GH: Tensor | None,
+        zero_bias_G: Tensor | None,
+        log_theta_G: Tensor,
+        target: Target,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        with torch.autocast(hidden_NH.device.type, enabled=False):
+            hidden_NH = hidden_NH.to(dtype)
+            weights = [w.to(dtype) for w in (weight_GH, zero_weight_GH) if w is not None]
+            biases = [b for b in (bias_G, zero_bias_G) if b is not None]
+            logits = [_linear(hidden_NH, w, b) for w, b in zip(weights, biases, strict=True)]
+            if target.unmeasured_NG is not None:
+                logits[0].masked_fill_(target.unmeasured_NG, -torch.inf)
+            theta_G = log_theta_G.exp()
+            kernel = _on_cpu if hidden_NH.device.type == "cpu" else _on_cuda
+            loss_N, dtheta_G, dbiases = kernel(logits, target, theta_G)
+            ctx.save_for_backward(hidden_NH, dtheta_G.mul_(theta_G / len(loss_N)), *weights, *logits, *dbiases)
+            ctx.mark_non_differentiable(loss_N)
+        return loss_N.mean(), loss_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_NH, dlog_theta_G, *rest = ctx.saved_tensors
+        n = len(rest) // 3
+        weights, dlogits, dbiases = rest[:n], rest[n : 2 * n], rest[2 * n :]
+        cast = [d.to(hidden_NH.dtype) for d in dlogits]
+        scaled_NH = hidden_NH * grad.to(hidden_NH.dtype)
+        dhidden_NH = sum((d @ w).float() for d, w in zip(cast, weights, strict=True)) * grad
+        grads: list[Tensor | None] = []
+        for d, dbias_G in zip(cast, dbiases, strict=True):
+            grads += [(d.t() @ scaled_NH).float(), dbias_G * grad]
+        return dhidden_NH, *grads, *[None] * (4 - len(grads)), dlog_theta_G * grad, None, None
+
+
+def _linear(hidden_NH: Tensor, weight_GH: Tensor, bias_G: Tensor) -> Tensor:
+    """Logits in float32; the bias is added in float32 too."""
+    if hidden_NH.dtype == torch.float32:
+        return torch.addmm(bias_G, hidden_NH, weight_GH.t())
+    return (hidden_NH @ weight_GH.t()).float().add_(bias_G)
+
+
+def _on_cpu(logits: list[Tensor], target: Target, theta_G: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Turn the logits into gradients of the mean loss; returns loss, gradient of theta (of the sum) and of biases."""
+    from carvae.model import kernels
+
+    kernel: Callable[..., None] = kernels.nb if len(logits) == 1 else kernels.zinb
+    n, counts = len(target.library_N), target.counts
+    loss_N = torch.empty(n)
+    bounds = np.linspace(0, n, min(torch.get_num_threads(), n) + 1).astype(int)
+
+    def some_cells(first: int, last: int) -> Tensor:
+        sums = torch.zeros(1 + len(logits), len(theta_G))
+        cells = slice(first, last)
+        rows = _arrays(*(tensor[cells] for tensor in logits), counts.indptr_N[first : last + 1])
+        fixed = _arrays(counts.gene_M, counts.count_M, target.library_N[cells], theta_G)
+        kernel(*rows, *fixed, np.float32(1 / n), *_arrays(loss_N[cells], *sums))
+        return sums
+
+    if len(bounds) == 2:
+        sums = some_cells(0, n)
+    else:
+        with ThreadPoolExecutor(len(bounds) - 1) as pool:
+            sums = torch.stack(list(pool.map(some_cells, bounds[:-1], bounds[1:]))).sum(0)
+    return loss_N, sums[0], list(sums[1:])
+
+
+def _on_cuda(logits: list[Tensor], target: Target, theta_G: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """As `_on_cpu`, on the GPU."""
+    from carvae.model import triton_kernels
+
+    return triton_kernels.likelihood(logits, target.counts, target.library_N, theta_G)
+
+
+def _arrays(*tensors: Tensor) -> list[np.ndarray[Any, Any]]:
+    """The tensors' own memory, for numba."""
+    return [tensor.detach().numpy() for tensor in tensors]
