@@ -32,7 +32,7 @@ from torch import Tensor
 
 from carvae import __version__
 from carvae.config import Config, label_file
-from carvae.data.loader import CellData, Minibatch, MinibatchLoader, Thinning
+from carvae.data.loader import CellData, Chunks, Minibatch, MinibatchLoader, Thinning
 from carvae.data.split import PatientSplit, split_patients
 from carvae.data.store import CellStore
 from carvae.errors import TrainError
@@ -50,6 +50,8 @@ from carvae.model.run_log import rows_before, wandb_mode
 
 log = logging.getLogger(__name__)
 
+STEPS_PER_CALL = 16
+"""Optimiser steps in one call of Lightning, whose own work between calls costs as much as a quarter of a step."""
 LR_WARMUP = 0.05
 """Share of the steps over which the learning rate rises."""
 
@@ -168,6 +170,7 @@ class Objective(lightning.LightningModule):
 
     def __init__(self, network: Network, data: CellData, cohort: Cohort, split: PatientSplit, config: Config) -> None:
         super().__init__()
+        self.automatic_optimization = False
         self.network = network
         self.data, self.split, self.config = data, split, config
         self.leaves = {} if cohort.tree is None else {axis.name: axis.leaves for axis in cohort.tree.axes}
@@ -182,25 +185,30 @@ class Objective(lightning.LightningModule):
         self._train_sums: dict[str, Tensor] = {}
         self._held_out: list[dict[str, Tensor]] = []
 
-    def train_dataloader(self) -> MinibatchLoader:
+    def train_dataloader(self) -> Chunks:
         """Training cells, in the order of this epoch."""
         rows, size = self.split.train, self.config.train.batch_size
-        return MinibatchLoader(self.data, rows, size, self.config.seed, self.current_epoch)
+        return Chunks(MinibatchLoader(self.data, rows, size, self.config.seed, self.current_epoch), STEPS_PER_CALL)
 
     def val_dataloader(self) -> MinibatchLoader | list[Any]:
         """Cells of held-out patients, in order."""
         rows = self.split.validation
         return MinibatchLoader(self.data, rows, max(1024, self.config.train.batch_size)) if rows.size else []
 
-    def training_step(self, batch: Minibatch, batch_idx: int) -> Tensor:
-        """Loss of a minibatch; what the encoder sees is thinned, what the decoder explains is not."""
-        self._seed(_hash(self.config.seed, self.global_step))
-        progress = (self.global_step + 1) / self.n_steps  # so that even a single step has the full weight
-        warmup = self.config.train.kl_warmup
-        kl_weight = self.config.train.kl_weight * (min(1.0, progress / warmup) if warmup else 1.0)
-        loss, parts = self._loss(batch, self.thin, kl_weight)
-        self._accumulate(parts | {"train_loss": loss}, batch)
-        return loss
+    def training_step(self, batches: list[Minibatch], batch_idx: int) -> None:
+        """Some optimiser steps; what the encoder sees is thinned, what the decoder explains is not."""
+        optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        for batch in batches:
+            self._seed(_hash(self.config.seed, self.global_step))
+            progress = (self.global_step + 1) / self.n_steps  # so that even a single step has the full weight
+            warmup = self.config.train.kl_warmup
+            kl_weight = self.config.train.kl_weight * (min(1.0, progress / warmup) if warmup else 1.0)
+            loss, parts = self._loss(batch, self.thin, kl_weight)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+            schedule.step()
+            self._accumulate(parts | {"train_loss": loss}, batch)
 
     def _seed(self, seed: int) -> None:
         """What `torch.manual_seed` does, without its stack trace for devices that have not begun (0.6 ms)."""

@@ -51,7 +51,7 @@ SETTINGS = (
     "train.validation_share=0",
     "train.wandb=disabled",
 )
-EPOCHS = {128: 2, 1024: 5}
+EPOCHS = {128: 4, 1024: 8}
 BARS = {"nb 128": 4.5, "nb 1024": 6.0, "nb 128 bf16": 6.0, "nb 1024 bf16": 8.0, "zinb 128": 3.0}
 """Least ratio asked of each case."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -80,6 +81,22 @@ class MinibatchLoader:
             rows = np.random.default_rng((self.seed, self.epoch)).permutation(rows)
         for start in range(0, rows.size, self.batch_size):
             yield gather(self.data, torch.from_numpy(rows[start : start + self.batch_size]))
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """Minibatches in lists of ``size``, so that what a trainer does between two of its steps is done once per list."""
+
+    loader: MinibatchLoader
+    size: int
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.loader) / self.size)
+
+    def __iter__(self) -> Iterator[list[Minibatch]]:
+        minibatches = iter(self.loader)
+        while chunk := list(islice(minibatches, self.size)):
+            yield chunk
 
 
 def gather(data: CellData, rows_N: Tensor) -> Minibatch:
