@@ -153,6 +153,10 @@ class TrainConfig(Section):
     wandb: Literal["offline", "online", "disabled"] = "offline"
     """Weights & Biases: offline needs no account and no network."""
 
+    def kl_weight_at(self, progress: float) -> float:
+        """Weight of the KL term when this share of the steps is done."""
+        return self.kl_weight * (min(1.0, progress / self.kl_warmup) if self.kl_warmup else 1.0)
+
 
 class PredictConfig(Section):
     """Embedding and labelling of new samples."""

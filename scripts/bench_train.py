@@ -147,7 +147,7 @@ def measure(case: Case, cohort: Cohort, adata: ad.AnnData, rounds: int, threads:
     pairs = []
     for i in range(rounds + 1):  # the first round warms up
         with tempfile.TemporaryDirectory() as folder:
-            ours = timed(lambda: fit(cohort, split, config, Path(folder)))  # noqa: B023
+            ours = timed(lambda: fit(cohort, split, config, Path(folder)))
         model = scvi_model(adata, config)
         arguments = {"train_size": 1.0, "accelerator": "cpu", "enable_progress_bar": False, "logger": False}
         theirs = timed(lambda: model.train(max_epochs=epochs, batch_size=case.batch_size, **arguments))  # noqa: B023
@@ -187,8 +187,8 @@ def main() -> None:
         density = adata.X.nnz / adata.n_obs / adata.n_vars
         print(f"{adata.n_obs} cells, {adata.n_vars} genes, {density:.1%} not zero, {given.threads} thread(s)")
         for likelihood in ("nb", "zinb"):
-            case = Case(likelihood, 128, bf16=False).config(given.threads)
-            print(f"{likelihood}: losses equal to {check_equal_losses(cohort, adata, case):.1e}", flush=True)
+            difference = check_equal_losses(cohort, adata, Case(likelihood, 128, bf16=False).config(given.threads))
+            print(f"{likelihood}: losses equal to {difference:.1e}", flush=True)
         results = {}
         for case in [case for case in CASES if not given.cases or str(case) in given.cases]:
             results[str(case)] = row = measure(case, cohort, adata, given.rounds, given.threads)

@@ -99,6 +99,17 @@ class Chunks:
             yield chunk
 
 
+def seed_step(seed: int, step: int, device: torch.device) -> None:
+    """Make torch's random numbers on the CPU and on ``device`` a function of (seed, step).
+
+    As `torch.manual_seed`, but for the stack traces that it keeps for kinds of device not in use (0.6 ms).
+    """
+    state = int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    torch.default_generator.manual_seed(state)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(state)
+
+
 def gather(data: CellData, rows_N: Tensor) -> Minibatch:
     """The minibatch of the given cells."""
     study_N = data.study_N[rows_N]

@@ -4,16 +4,14 @@ Axes: N cells, G genes, H hidden, M non-zero counts.
 
 `decoder_loss` is product, softmax and likelihood at once: the kernel turns the logits into their gradient where they
 lie, so that no second N x G tensor is made and backward is two matrix products. `sparse_product` is the encoder's first
-layer. CPU tensors go through `kernels`, CUDA tensors through `triton_kernels`; `available` says whether either can
-take them, and `likelihood` and `vae` hold the plain torch form of the same maths for the rest (float64, other devices).
+layer. `available` says whether the kernels can take a tensor; `likelihood` and `vae` hold the plain torch form of the
+same maths for the rest (float64, GPUs).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -27,9 +25,7 @@ from carvae.data.sparse import CountsCSR
 
 def available(tensor: Tensor) -> bool:
     """Whether kernels can take tensors of this device and type."""
-    if tensor.dtype != torch.float32:
-        return False
-    return tensor.device.type == "cpu" or (tensor.device.type == "cuda" and find_spec("triton") is not None)
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +71,7 @@ def decoder_loss(
     layers = (scale.weight_GH, scale.bias_G) + ((zero.weight_GH, zero.bias_G) if zero else (None, None))
     device = hidden_NH.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-    mean, loss_N = _DecoderLoss.apply(hidden_NH, *layers, log_theta_G, target, dtype)  # type: ignore[no-untyped-call]
+    mean, loss_N = _DecoderLoss.apply(hidden_NH, *layers, log_theta_G, (target, dtype))  # type: ignore[no-untyped-call]
     return mean, loss_N
 
 
@@ -96,14 +92,10 @@ class _SparseProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_NH: Tensor) -> tuple[Tensor | None, ...]:
         counts: CountsCSR = ctx.counts
-        dweight_GH = grad_NH.new_zeros(ctx.shape)
-        if grad_NH.device.type == "cpu":
-            from carvae.model.kernels import scatter_rows
+        from carvae.model.kernels import scatter_rows  # numba is slow to import, and not needed to read a bundle
 
-            scatter_rows(*_arrays(counts.indptr_N, counts.gene_M, ctx.value_M, grad_NH.contiguous(), dweight_GH))
-        else:
-            value_MH = grad_NH[counts.cell_M()] * ctx.value_M[:, None]
-            dweight_GH.index_add_(0, counts.gene_M, value_MH)
+        dweight_GH = grad_NH.new_zeros(ctx.shape)
+        scatter_rows(*_arrays(counts.indptr_N, counts.gene_M, ctx.value_M, grad_NH.contiguous(), dweight_GH))
         return None, None, dweight_GH
 
 
@@ -117,9 +109,9 @@ class _DecoderLoss(torch.autograd.Function):
         zero_weight_GH: Tensor | None,
         zero_bias_G: Tensor | None,
         log_theta_G: Tensor,
-        target: Target,
-        dtype: torch.dtype,
+        task: tuple[Target, torch.dtype],
     ) -> tuple[Tensor, Tensor]:
+        target, dtype = task
         with torch.autocast(hidden_NH.device.type, enabled=False):
             hidden_NH = hidden_NH.to(dtype)
             weights = [w.to(dtype) for w in (weight_GH, zero_weight_GH) if w is not None]
@@ -128,8 +120,7 @@ class _DecoderLoss(torch.autograd.Function):
             if target.unmeasured_NG is not None:
                 logits[0].masked_fill_(target.unmeasured_NG, -torch.inf)
             theta_G = log_theta_G.exp()
-            kernel = _on_cpu if hidden_NH.device.type == "cpu" else _on_cuda
-            loss_N, dtheta_G, dbiases = kernel(logits, target, theta_G)
+            loss_N, dtheta_G, dbiases = _to_gradients(logits, target, theta_G)
             ctx.save_for_backward(hidden_NH, dtheta_G.mul_(theta_G / len(loss_N)), *weights, *logits, *dbiases)
             ctx.mark_non_differentiable(loss_N)
         return loss_N.mean(), loss_N
@@ -146,7 +137,7 @@ class _DecoderLoss(torch.autograd.Function):
         grads: list[Tensor | None] = []
         for d, dbias_G in zip(cast, dbiases, strict=True):
             grads += [(d.t() @ scaled_NH).float(), dbias_G * grad]
-        return dhidden_NH, *grads, *[None] * (4 - len(grads)), dlog_theta_G * grad, None, None
+        return dhidden_NH, *grads, *[None] * (4 - len(grads)), dlog_theta_G * grad, None
 
 
 def _linear(hidden_NH: Tensor, weight_GH: Tensor, bias_G: Tensor) -> Tensor:
@@ -156,38 +147,32 @@ def _linear(hidden_NH: Tensor, weight_GH: Tensor, bias_G: Tensor) -> Tensor:
     return (hidden_NH @ weight_GH.t()).float().add_(bias_G)
 
 
-def _on_cpu(logits: list[Tensor], target: Target, theta_G: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _to_gradients(logits: list[Tensor], target: Target, theta_G: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Turn the logits into gradients of the mean loss; returns loss, gradient of theta (of the sum) and of biases."""
-    from carvae.model import kernels
+    from carvae.model.kernels import Cells, Sums, nb, zinb
 
-    kernel: Callable[..., None] = kernels.nb if len(logits) == 1 else kernels.zinb
     n, counts = len(target.library_N), target.counts
     loss_N = torch.empty(n)
-    bounds = np.linspace(0, n, min(torch.get_num_threads(), n) + 1).astype(int)
+    n_parts = max(1, min(torch.get_num_threads(), n))
+    bounds = np.linspace(0, n, n_parts + 1).astype(int)
 
     def some_cells(first: int, last: int) -> Tensor:
-        sums = torch.zeros(1 + len(logits), len(theta_G))
-        cells = slice(first, last)
-        rows = _arrays(*(tensor[cells] for tensor in logits), counts.indptr_N[first : last + 1])
-        fixed = _arrays(counts.gene_M, counts.count_M, target.library_N[cells], theta_G)
-        kernel(*rows, *fixed, np.float32(1 / n), *_arrays(loss_N[cells], *sums))
+        sums = torch.zeros(3, len(theta_G))
+        indptr_N = counts.indptr_N[first : last + 1]
+        cells = Cells(*_arrays(indptr_N, counts.gene_M, counts.count_M, target.library_N[first:last]))
+        rows, (theta,) = _arrays(*(tensor[first:last] for tensor in logits)), _arrays(theta_G)
+        kernel: Any = nb if len(logits) == 1 else zinb
+        kernel(*rows, cells, theta, np.float32(1 / n), Sums(*_arrays(loss_N[first:last], *sums)))
         return sums
 
-    if len(bounds) == 2:
+    if n_parts == 1:
         sums = some_cells(0, n)
     else:
-        with ThreadPoolExecutor(len(bounds) - 1) as pool:
+        with ThreadPoolExecutor(n_parts) as pool:
             sums = torch.stack(list(pool.map(some_cells, bounds[:-1], bounds[1:]))).sum(0)
-    return loss_N, sums[0], list(sums[1:])
+    return loss_N, sums[0], list(sums[1 : 1 + len(logits)])
 
 
-def _on_cuda(logits: list[Tensor], target: Target, theta_G: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """As `_on_cpu`, on the GPU."""
-    from carvae.model import triton_kernels
-
-    return triton_kernels.likelihood(logits, target.counts, target.library_N, theta_G)
-
-
-def _arrays(*tensors: Tensor) -> list[np.ndarray[Any, Any]]:
+def _arrays(*tensors: Tensor) -> list[Any]:
     """The tensors' own memory, for numba."""
     return [tensor.detach().numpy() for tensor in tensors]

@@ -11,7 +11,7 @@ takes some seconds, later ones read numba's cache.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -34,6 +34,37 @@ LN2, LOG2_E = np.float32(math.log(2)), np.float32(1 / math.log(2))
 LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 SQRT_HALF_BITS = np.int32(0x3F3504F3)
 MANTISSA, BIAS = np.int32(23), np.int32(127)
+ASYMPTOTIC = 8.0
+"""From here on the asymptotic series of digamma is exact to 1e-14."""
+LARGEST_PRODUCT = 1e100
+"""A running product beyond it, or below its inverse, is turned into a logarithm."""
+
+
+class Cells(NamedTuple):
+    """Some cells' counts, compressed by row, and their expected sum over the genes."""
+
+    indptr_N: Ints
+    gene_M: Ints
+    count_M: Floats
+    library_N: Floats
+
+
+class Sums(NamedTuple):
+    """What a kernel writes beside the gradients of the logits."""
+
+    loss_N: Floats
+    """Written."""
+    dtheta_G: Floats
+    """Added to: the gradient of the summed loss in theta."""
+    dbias_G: Floats
+    """Added to: the scaled gradient in the bias of the logits."""
+    dzero_bias_G: Floats
+    """Likewise for the zero inflation."""
+
+
+class _Inflation(NamedTuple):
+    zero_G: Floats
+    dzero_G: Floats
 
 
 @intrinsic
@@ -58,7 +89,7 @@ def _float(typing: Any, bits: Any) -> Any:
 
 @njit(forceinline=True, error_model="numpy")  # without `FAST`: reordered, they would lose digits
 def _exp(x: Any) -> Any:
-    """exp(x) for x <= 0, relative error 1e-7; 0 below `SMALLEST`. A NaN stays one. (Coefficients: Cephes ``expf``.)"""
+    """exp(x) for x <= 0, relative error 1e-7; 0 below `SMALLEST`. A NaN stays one. Coefficients of Cephes ``expf``."""
     bounded = SMALLEST if x < SMALLEST else x
     k = np.float32(math.floor(bounded * LOG2_E + HALF))
     r = (bounded - k * LN2_HIGH) - k * LN2_LOW
@@ -95,7 +126,7 @@ def _log1p(u: Any) -> Any:
 def _digamma(x: float) -> float:
     """Derivative of lgamma for x > 0: recurrence to 8, then Abramowitz and Stegun 6.3.18."""
     below = 0.0
-    while x < 8.0:
+    while x < ASYMPTOTIC:
         below += 1.0 / x
         x += 1.0
     i = 1.0 / (x * x)
@@ -118,14 +149,15 @@ def _softmax(logits_G: Floats, p_G: Floats) -> None:
 
 
 @njit(fastmath=FAST, error_model="numpy")
-def _nb_zeros(r_G: Floats, p_G: Floats, library: Any, theta_G: Floats, dtheta_G: Floats) -> Any:
-    """Loss as if all counts were zero and sum of r; ``r_G`` receives ``mu d(log lik)/d(mu)``."""
+def _nb_zeros(r_G: Floats, p_G: Floats, loss_G: Floats, library: Any, theta_G: Floats, dtheta_G: Floats) -> Any:
+    """Loss as if all counts were zero and sum of r; ``r_G`` receives ``mu d(log lik)/d(mu)``, ``loss_G`` the terms."""
     loss, sum_r = np.float32(0), np.float32(0)
     for g in range(p_G.size):
         u = p_G[g] * library / (theta_G[g] + np.float32(EPS))
         log1p, share = _log1p(u), u / (u + ONE)
         r_G[g] = -theta_G[g] * share
-        loss += theta_G[g] * log1p
+        loss_G[g] = theta_G[g] * log1p
+        loss += loss_G[g]
         sum_r += r_G[g]
         dtheta_G[g] += log1p - share
     return loss, sum_r
@@ -168,7 +200,7 @@ def _at_counts(
             for i in range(int(x)):
                 product *= (theta + i) * ratio / (i + 1.0)
                 digamma += 1.0 / (theta + i)
-            if product < 1e-100 or product > 1e100:
+            if product < 1.0 / LARGEST_PRODUCT or product > LARGEST_PRODUCT:
                 loglik += math.log(product)
                 product = 1.0
         else:
@@ -182,14 +214,28 @@ def _at_counts(
 
 
 @njit(error_model="numpy")
+def _exact_terms(gene_M: Ints, count_M: Floats, loss_G: Floats, p_G: Floats, library: float, theta_G: Floats) -> float:
+    """What is to be added to the sum of ``loss_G`` so that its terms at large counts are as exact as float64.
+
+    Such a term may be of the size of the count, and cancels against those of `_at_counts`.
+    """
+    added = 0.0
+    for j in range(gene_M.size):
+        if count_M[j] > SHORT:
+            g = gene_M[j]
+            theta = np.float64(theta_G[g])
+            added += theta * math.log1p(np.float64(p_G[g]) * library / (theta + EPS)) - np.float64(loss_G[g])
+    return added
+
+
+@njit(error_model="numpy")
 def _not_inflated(
     gene_M: Ints,
     count_M: Floats,
     r_G: Floats,
     p_G: Floats,
-    zero_G: Floats,
-    dzero_G: Floats,
-    library: float,
+    inflation: _Inflation,
+    library: Any,
     theta_G: Floats,
     dtheta_G: Floats,
 ) -> Any:
@@ -202,14 +248,14 @@ def _not_inflated(
         theta = np.float64(theta_G[g])
         u = np.float64(p_G[g]) * library / (theta + EPS)
         log1p, share = math.log1p(u), u / (u + 1.0)
-        a = -theta * log1p - np.float64(zero_G[g])
+        a = -theta * log1p - np.float64(inflation.zero_G[g])
         exp_a = math.exp(-abs(a))
         loglik += min(a, 0.0) - math.log1p(exp_a)
         rest = (exp_a if a > 0 else 1.0) / (1.0 + exp_a)  # 1 - sigmoid(a)
         r = -theta * share * rest
         r_G[g] += np.float32(r)
         sum_r += r
-        dzero_G[g] += np.float32(rest)
+        inflation.dzero_G[g] += np.float32(rest)
         dtheta_G[g] += np.float32(rest * (log1p - share))
     return loglik, sum_r
 
@@ -223,66 +269,41 @@ def _to_logits(r_G: Floats, p_G: Floats, sum_r: Any, scale: Any, dbias_G: Floats
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
-def nb(
-    logits_NG: Floats,
-    indptr_N: Ints,
-    gene_M: Ints,
-    count_M: Floats,
-    library_N: Floats,
-    theta_G: Floats,
-    scale: Any,
-    loss_N: Floats,
-    dtheta_G: Floats,
-    dbias_G: Floats,
-) -> None:
-    """-log NB of each cell; ``logits_NG`` becomes its gradient times ``scale``.
-
-    ``loss_N`` is written; the unscaled gradient in theta and the scaled one in the bias of the logits are added to
-    ``dtheta_G`` and ``dbias_G``.
-    """
-    p_G = np.empty(logits_NG.shape[1], np.float32)
+def nb(logits_NG: Floats, cells: Cells, theta_G: Floats, scale: Any, sums: Sums) -> None:
+    """-log NB of each cell; ``logits_NG`` becomes its gradient times ``scale``."""
+    p_G, loss_G = np.empty(logits_NG.shape[1], np.float32), np.empty(logits_NG.shape[1], np.float32)
     for n in range(logits_NG.shape[0]):
-        row_G, library = logits_NG[n], library_N[n]
-        gene, count = gene_M[indptr_N[n] : indptr_N[n + 1]], count_M[indptr_N[n] : indptr_N[n + 1]]
+        row_G, library = logits_NG[n], cells.library_N[n]
+        start, end = cells.indptr_N[n], cells.indptr_N[n + 1]
+        gene, count = cells.gene_M[start:end], cells.count_M[start:end]
         _softmax(row_G, p_G)
-        loss, sum_r = _nb_zeros(row_G, p_G, library, theta_G, dtheta_G)
-        loglik, more_r = _at_counts(gene, count, row_G, p_G, np.float64(library), theta_G, dtheta_G)
-        loss_N[n] = np.float32(loss - loglik)
-        _to_logits(row_G, p_G, np.float32(sum_r + more_r), scale, dbias_G)
+        loss, sum_r = _nb_zeros(row_G, p_G, loss_G, library, theta_G, sums.dtheta_G)
+        added = _exact_terms(gene, count, loss_G, p_G, np.float64(library), theta_G)
+        loglik, more_r = _at_counts(gene, count, row_G, p_G, np.float64(library), theta_G, sums.dtheta_G)
+        sums.loss_N[n] = np.float32(loss + added - loglik)
+        _to_logits(row_G, p_G, np.float32(sum_r + more_r), scale, sums.dbias_G)
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
-def zinb(
-    logits_NG: Floats,
-    zero_NG: Floats,
-    indptr_N: Ints,
-    gene_M: Ints,
-    count_M: Floats,
-    library_N: Floats,
-    theta_G: Floats,
-    scale: Any,
-    loss_N: Floats,
-    dtheta_G: Floats,
-    dbias_G: Floats,
-    dzero_bias_G: Floats,
-) -> None:
+def zinb(logits_NG: Floats, zero_NG: Floats, cells: Cells, theta_G: Floats, scale: Any, sums: Sums) -> None:
     """-log ZINB of each cell; as `nb`, and ``zero_NG`` becomes the gradient in the zero inflation's logits."""
     p_G, zero_G = np.empty(logits_NG.shape[1], np.float32), np.empty(logits_NG.shape[1], np.float32)
     for n in range(logits_NG.shape[0]):
-        row_G, dzero_G, library = logits_NG[n], zero_NG[n], library_N[n]
-        gene, count = gene_M[indptr_N[n] : indptr_N[n + 1]], count_M[indptr_N[n] : indptr_N[n + 1]]
+        row_G, dzero_G, library = logits_NG[n], zero_NG[n], cells.library_N[n]
+        start, end = cells.indptr_N[n], cells.indptr_N[n + 1]
+        gene, count = cells.gene_M[start:end], cells.count_M[start:end]
         zero_G[:] = dzero_G
         _softmax(row_G, p_G)
-        loss, sum_r = _zinb_zeros(row_G, p_G, zero_G, dzero_G, library, theta_G, dtheta_G)
+        loss, sum_r = _zinb_zeros(row_G, p_G, zero_G, dzero_G, library, theta_G, sums.dtheta_G)
         loglik, more_r = _not_inflated(
-            gene, count, row_G, p_G, zero_G, dzero_G, np.float64(library), theta_G, dtheta_G
+            gene, count, row_G, p_G, _Inflation(zero_G, dzero_G), np.float64(library), theta_G, sums.dtheta_G
         )
-        at_counts, r_at_counts = _at_counts(gene, count, row_G, p_G, np.float64(library), theta_G, dtheta_G)
-        loss_N[n] = np.float32(loss - loglik - at_counts)
-        _to_logits(row_G, p_G, np.float32(sum_r + more_r + r_at_counts), scale, dbias_G)
+        at_counts, r_at_counts = _at_counts(gene, count, row_G, p_G, np.float64(library), theta_G, sums.dtheta_G)
+        sums.loss_N[n] = np.float32(loss - loglik - at_counts)
+        _to_logits(row_G, p_G, np.float32(sum_r + more_r + r_at_counts), scale, sums.dbias_G)
         for g in range(zero_G.size):
             dzero_G[g] *= scale
-            dzero_bias_G[g] += dzero_G[g]
+            sums.dzero_bias_G[g] += dzero_G[g]
 
 
 @njit(nogil=True, fastmath=FAST, cache=True)

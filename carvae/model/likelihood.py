@@ -17,9 +17,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch import nn
 from torch.nn import functional
 
 from carvae.data.sparse import CountsCSR
