@@ -26,8 +26,11 @@ EPS = 1e-8
 """Added inside logarithms, as in scvi-tools."""
 SHORT = 8
 """Up to this count, differences of gamma functions are products and sums of so many terms."""
-FAST = {"reassoc", "contract", "nsz"}
-"""Sums may be reordered (hence vectors), but infinities and NaN mean what they mean."""
+FAST = {"contract", "nsz"}
+"""No reordering of sums: code from numba's cache would then round otherwise than code just compiled, and a run that
+goes on would not end with the weights of an uninterrupted one. Sums get their vectors from `LANES`."""
+LANES = 64
+"""Running sums side by side."""
 SMALLEST = np.float32(-87.0)
 ONE, HALF, TWO = np.float32(1), np.float32(0.5), np.float32(2)
 LN2, LOG2_E = np.float32(math.log(2)), np.float32(1 / math.log(2))
@@ -135,53 +138,74 @@ def _digamma(x: float) -> float:
 
 
 @njit(fastmath=FAST, error_model="numpy")
-def _softmax(logits_G: Floats, p_G: Floats) -> None:
+def _sum(x_G: Floats) -> Any:
+    lanes = np.zeros(LANES, np.float32)
+    whole = x_G.size // LANES * LANES
+    for start in range(0, whole, LANES):
+        part = x_G[start : start + LANES]
+        for k in range(LANES):
+            lanes[k] += part[k]
+    total = np.float64(0)
+    for k in range(LANES):
+        total += lanes[k]
+    for g in range(whole, x_G.size):
+        total += x_G[g]
+    return total
+
+
+@njit(fastmath=FAST, error_model="numpy")
+def _greatest(x_G: Floats) -> Any:
+    lanes = np.full(LANES, np.float32(-np.inf))
+    whole = x_G.size // LANES * LANES
+    for start in range(0, whole, LANES):
+        part = x_G[start : start + LANES]
+        for k in range(LANES):
+            lanes[k] = part[k] if part[k] > lanes[k] else lanes[k]
     greatest = np.float32(-np.inf)
-    for g in range(logits_G.size):
-        greatest = max(greatest, logits_G[g])
-    total = np.float32(0)
+    for k in range(LANES):
+        greatest = max(greatest, lanes[k])
+    for g in range(whole, x_G.size):
+        greatest = max(greatest, x_G[g])
+    return greatest
+
+
+@njit(fastmath=FAST, error_model="numpy")
+def _softmax(logits_G: Floats, p_G: Floats) -> None:
+    greatest = _greatest(logits_G)
     for g in range(logits_G.size):
         p_G[g] = _exp(logits_G[g] - greatest)
-        total += p_G[g]
-    scale = ONE / total
+    scale = np.float32(1 / _sum(p_G))
     for g in range(logits_G.size):
         p_G[g] *= scale
 
 
 @njit(fastmath=FAST, error_model="numpy")
-def _nb_zeros(r_G: Floats, p_G: Floats, loss_G: Floats, library: Any, theta_G: Floats, dtheta_G: Floats) -> Any:
-    """Loss as if all counts were zero and sum of r; ``r_G`` receives ``mu d(log lik)/d(mu)``, ``loss_G`` the terms."""
-    loss, sum_r = np.float32(0), np.float32(0)
+def _nb_zeros(r_G: Floats, p_G: Floats, loss_G: Floats, library: Any, theta_G: Floats, dtheta_G: Floats) -> None:
+    """As if all counts were zero: ``loss_G`` receives the loss, ``r_G`` each gene's ``mu d(log lik)/d(mu)``."""
     for g in range(p_G.size):
         u = p_G[g] * library / (theta_G[g] + np.float32(EPS))
         log1p, share = _log1p(u), u / (u + ONE)
         r_G[g] = -theta_G[g] * share
         loss_G[g] = theta_G[g] * log1p
-        loss += loss_G[g]
-        sum_r += r_G[g]
         dtheta_G[g] += log1p - share
-    return loss, sum_r
 
 
 @njit(fastmath=FAST, error_model="numpy")
 def _zinb_zeros(
-    r_G: Floats, p_G: Floats, zero_G: Floats, dzero_G: Floats, library: Any, theta_G: Floats, dtheta_G: Floats
-) -> Any:
+    r_G: Floats, p_G: Floats, loss_G: Floats, inflation: _Inflation, library: Any, theta_G: Floats, dtheta_G: Floats
+) -> None:
     """As `_nb_zeros`; ``dzero_G`` receives the gradient of the loss in the logits of the zero inflation."""
-    loss, sum_r = np.float32(0), np.float32(0)
     for g in range(p_G.size):
         u = p_G[g] * library / (theta_G[g] + np.float32(EPS))
         log1p, share = _log1p(u), u / (u + ONE)
-        pi = zero_G[g]
+        pi = inflation.zero_G[g]
         a = -theta_G[g] * log1p - pi
         exp_a, exp_pi = _exp(-abs(a)), _exp(-abs(pi))
-        loss += max(-pi, np.float32(0)) - max(a, np.float32(0)) + (_log1p(exp_pi) - _log1p(exp_a))
+        loss_G[g] = max(-pi, np.float32(0)) - max(a, np.float32(0)) + (_log1p(exp_pi) - _log1p(exp_a))
         sigmoid = (ONE if a > 0 else exp_a) / (ONE + exp_a)
-        dzero_G[g] = sigmoid - (exp_pi if pi > 0 else ONE) / (ONE + exp_pi)
+        inflation.dzero_G[g] = sigmoid - (exp_pi if pi > 0 else ONE) / (ONE + exp_pi)
         r_G[g] = -theta_G[g] * share * sigmoid
-        sum_r += r_G[g]
         dtheta_G[g] += sigmoid * (log1p - share)
-    return loss, sum_r
 
 
 @njit(error_model="numpy")
@@ -277,7 +301,8 @@ def nb(logits_NG: Floats, cells: Cells, theta_G: Floats, scale: Any, sums: Sums)
         start, end = cells.indptr_N[n], cells.indptr_N[n + 1]
         gene, count = cells.gene_M[start:end], cells.count_M[start:end]
         _softmax(row_G, p_G)
-        loss, sum_r = _nb_zeros(row_G, p_G, loss_G, library, theta_G, sums.dtheta_G)
+        _nb_zeros(row_G, p_G, loss_G, library, theta_G, sums.dtheta_G)
+        loss, sum_r = _sum(loss_G), _sum(row_G)
         added = _exact_terms(gene, count, loss_G, p_G, np.float64(library), theta_G)
         loglik, more_r = _at_counts(gene, count, row_G, p_G, np.float64(library), theta_G, sums.dtheta_G)
         sums.loss_N[n] = np.float32(loss + added - loglik)
@@ -287,17 +312,18 @@ def nb(logits_NG: Floats, cells: Cells, theta_G: Floats, scale: Any, sums: Sums)
 @njit(nogil=True, error_model="numpy", cache=True)
 def zinb(logits_NG: Floats, zero_NG: Floats, cells: Cells, theta_G: Floats, scale: Any, sums: Sums) -> None:
     """-log ZINB of each cell; as `nb`, and ``zero_NG`` becomes the gradient in the zero inflation's logits."""
-    p_G, zero_G = np.empty(logits_NG.shape[1], np.float32), np.empty(logits_NG.shape[1], np.float32)
+    p_G, loss_G = np.empty(logits_NG.shape[1], np.float32), np.empty(logits_NG.shape[1], np.float32)
+    zero_G = np.empty_like(p_G)
     for n in range(logits_NG.shape[0]):
         row_G, dzero_G, library = logits_NG[n], zero_NG[n], cells.library_N[n]
         start, end = cells.indptr_N[n], cells.indptr_N[n + 1]
         gene, count = cells.gene_M[start:end], cells.count_M[start:end]
         zero_G[:] = dzero_G
         _softmax(row_G, p_G)
-        loss, sum_r = _zinb_zeros(row_G, p_G, zero_G, dzero_G, library, theta_G, sums.dtheta_G)
-        loglik, more_r = _not_inflated(
-            gene, count, row_G, p_G, _Inflation(zero_G, dzero_G), np.float64(library), theta_G, sums.dtheta_G
-        )
+        inflation = _Inflation(zero_G, dzero_G)
+        _zinb_zeros(row_G, p_G, loss_G, inflation, library, theta_G, sums.dtheta_G)
+        loss, sum_r = _sum(loss_G), _sum(row_G)
+        loglik, more_r = _not_inflated(gene, count, row_G, p_G, inflation, np.float64(library), theta_G, sums.dtheta_G)
         at_counts, r_at_counts = _at_counts(gene, count, row_G, p_G, np.float64(library), theta_G, sums.dtheta_G)
         sums.loss_N[n] = np.float32(loss - loglik - at_counts)
         _to_logits(row_G, p_G, np.float32(sum_r + more_r + r_at_counts), scale, sums.dbias_G)
