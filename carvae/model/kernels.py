@@ -264,24 +264,29 @@ def _not_inflated(
     dtheta_G: Floats,
 ) -> Any:
     """Turn ``softplus(a)`` of `_zinb_zeros` into ``a`` where there is a count; returns log likelihood and r added."""
-    loglik, sum_r = 0.0, 0.0
+    loglik, product, sum_r = 0.0, 1.0, 0.0
     for j in range(gene_M.size):
         if count_M[j] == 0:
             continue
         g = gene_M[j]
         theta = np.float64(theta_G[g])
         u = np.float64(p_G[g]) * library / (theta + EPS)
-        log1p, share = math.log1p(u), u / (u + 1.0)
+        log1p = math.log1p(u) if count_M[j] > SHORT else np.float64(_log1p(np.float32(u)))  # see `_exact_terms`
+        share = u / (u + 1.0)
         a = -theta * log1p - np.float64(inflation.zero_G[g])
-        exp_a = math.exp(-abs(a))
-        loglik += min(a, 0.0) - math.log1p(exp_a)
+        exp_a = np.float64(_exp(np.float32(-abs(a))))
+        loglik += min(a, 0.0)
+        product *= 1.0 + exp_a
+        if product > LARGEST_PRODUCT:
+            loglik -= math.log(product)
+            product = 1.0
         rest = (exp_a if a > 0 else 1.0) / (1.0 + exp_a)  # 1 - sigmoid(a)
         r = -theta * share * rest
         r_G[g] += np.float32(r)
         sum_r += r
         inflation.dzero_G[g] += np.float32(rest)
         dtheta_G[g] += np.float32(rest * (log1p - share))
-    return loglik, sum_r
+    return loglik - math.log(product), sum_r
 
 
 @njit(fastmath=FAST, error_model="numpy")
