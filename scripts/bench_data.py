@@ -1,4 +1,4 @@
-"""Data of the speed benchmarks: real CARPALL counts, or simulated ones of the same shape, and the door to carvae."""
+"""Data of the benchmarks: real CARPALL counts, or simulated ones of the same shape, and the door to carvae."""
 
 from __future__ import annotations
 
@@ -19,12 +19,16 @@ from carvae.model.cohort import Cohort
 CARPALL = Path("../shared/data/carpall_cart.h5ad")
 
 
-def carpall(path: Path, n_genes: int) -> ad.AnnData:
-    """CARPALL's cells over its most variable genes, named by HGNC symbol; ``obs`` holds sample and patient."""
+def carpall(path: Path) -> ad.AnnData:
+    """CARPALL's cells over the genes that have one HGNC symbol; ``obs`` holds sample and patient."""
     adata = ad.read_h5ad(path)
     resolved = GeneTable.default().resolve(list(adata.var_names), list(adata.var["gene_ids"]))
     adata.var_names = resolved.symbols.astype(str)
-    adata = adata[:, ~adata.var_names.duplicated(keep=False)].copy()
+    return adata[:, ~adata.var_names.duplicated(keep=False)].copy()
+
+
+def most_variable(adata: ad.AnnData, n_genes: int) -> ad.AnnData:
+    """The cells over their most variable genes (``adata`` loses genes in fewer than three cells)."""
     sc.pp.filter_genes(adata, min_cells=3)  # as ingest does
     sc.pp.highly_variable_genes(adata, n_top_genes=n_genes, flavor="seurat_v3")
     return adata[:, adata.var["highly_variable"]].copy()

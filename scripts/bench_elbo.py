@@ -31,24 +31,20 @@ from typing import Any, Protocol
 import anndata as ad
 import lightning.pytorch as lightning
 import numpy as np
-import scanpy as sc
 import scipy.sparse as sp
 import scvi
 import torch
+from bench_data import CARPALL, carpall, cohort_of, most_variable
 from scvi.distributions import NegativeBinomial
 from torch import Tensor
 
 from carvae.config import Config, ModelConfig
-from carvae.data.genes import GeneTable
 from carvae.data.sparse import CountsCSR
 from carvae.data.split import PatientSplit
-from carvae.data.store import CellStore
-from carvae.ingest import run as ingest
 from carvae.model.cohort import Cohort
 from carvae.model.network import Network
 from carvae.train import fit
 
-DATA = Path("../shared/data/carpall_cart.h5ad")
 N_GENES = 4000
 HELD_OUT_SHARE = 0.1
 N_DRAWS = 10
@@ -208,21 +204,10 @@ class Outcome:
 
 def prepare(data: Path, config: Config, folder: Path) -> Task:
     """Split the cells, choose the genes on the training cells, and ingest those by carvae's own path."""
-    adata = ad.read_h5ad(data)
-    resolved = GeneTable.default().resolve(list(adata.var_names), list(adata.var["gene_ids"]))
-    adata.var_names = resolved.symbols.astype(str)
-    adata = adata[:, ~adata.var_names.duplicated(keep=False)].copy()
+    adata = carpall(data)
     held_out_N = split_within_samples(adata.obs["sample"].to_numpy(str), np.random.default_rng(config.seed))
-    train = adata[~held_out_N].copy()
-    sc.pp.filter_genes(train, min_cells=3)  # as ingest does
-    sc.pp.highly_variable_genes(train, n_top_genes=N_GENES, flavor="seurat_v3")
-    train = train[:, train.var["highly_variable"]].copy()
-    file = folder / "train.h5ad"
-    train.write_h5ad(file)
-    study = {"carpall": {"path": file, "obs": {"sample": "sample", "patient": "patient"}}}
-    section = {"studies": study, "n_top_genes": N_GENES, "exclude_genes": []}
-    config = Config.parse(config.model_dump() | {"ingest": section, "output": folder / "bundle"})
-    cohort = Cohort.assemble(CellStore(ingest(config)), config)
+    train = most_variable(adata[~held_out_N].copy(), N_GENES)
+    cohort = cohort_of(train, config, folder)
     genes, samples = list(cohort.store.header.genes), list(cohort.obs["sample"].astype("category").cat.categories)
     held = adata[held_out_N, genes]
     batch_N = torch.tensor([samples.index(s) for s in held.obs["sample"]])
@@ -306,7 +291,7 @@ def report(carvae: Outcome, scvi_last: Outcome, curve: dict[int, float], trial: 
 def main() -> None:
     """Parse the command line, run both, and end with one line of JSON: negative ELBO in nats per held-out cell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--data", type=Path, default=CARPALL)
     parser.add_argument("--scvi-epochs", type=int, help="a short trial; by default scvi-tools' own heuristic")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes of carvae's recipe")
     given = parser.parse_args()

@@ -28,7 +28,7 @@ import anndata as ad
 import numpy as np
 import scvi
 import torch
-from bench_data import CARPALL, carpall, cohort_of, simulated
+from bench_data import CARPALL, carpall, cohort_of, most_variable, simulated
 
 from carvae.config import Config
 from carvae.data.loader import gather
@@ -177,7 +177,8 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    adata = simulated(20_000, N_GENES) if str(given.data) == "simulated" else carpall(given.data, N_GENES)
+    is_simulated = str(given.data) == "simulated"
+    adata = simulated(20_000, N_GENES) if is_simulated else most_variable(carpall(given.data), N_GENES)
     folder = Path(tempfile.mkdtemp())
     try:
         config = CASES[0].config(given.threads)

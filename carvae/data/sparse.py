@@ -58,10 +58,8 @@ class CountsCSR:
         if rows_N.device.type == "cpu" and rows_N.numel():  # whole rows: four times faster than entry by entry
             gene_M, count_M = self.gene_M.numpy(), self.count_M.numpy()
             rows = [slice(i, i + n) for i, n in zip(first_N.tolist(), size_N.tolist(), strict=True)]
-            genes, counts = (
-                np.concatenate([gene_M[row] for row in rows]),
-                np.concatenate([count_M[row] for row in rows]),
-            )
+            genes = np.concatenate([gene_M[row] for row in rows])
+            counts = np.concatenate([count_M[row] for row in rows])
             return CountsCSR(indptr_N, torch.from_numpy(genes), torch.from_numpy(counts), self.n_genes)
         n = int(indptr_N[-1])
         entry_M = torch.repeat_interleave(first_N - indptr_N[:-1], size_N, output_size=n)

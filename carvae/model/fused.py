@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
@@ -29,14 +29,6 @@ def available(tensor: Tensor) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
-    """Weight [G, H] and bias [G] of a linear layer onto the genes."""
-
-    weight_GH: Tensor
-    bias_G: Tensor
-
-
-@dataclass(frozen=True, slots=True)
 class Target:
     """What the decoder explains."""
 
@@ -46,7 +38,7 @@ class Target:
 
 
 def decoder_loss(
-    hidden_NH: Tensor, scale: Layer, zero: Layer | None, log_theta_G: Tensor, target: Target
+    hidden_NH: Tensor, scale: nn.Linear, zero: nn.Linear | None, log_theta_G: Tensor, target: Target
 ) -> tuple[Tensor, Tensor]:
     """Negative log likelihood under NB, or ZINB where there is a layer of zero inflation, in nats.
 
@@ -68,7 +60,7 @@ def decoder_loss(
     The mean over cells, differentiable once in all parameters and ``hidden_NH``; and the value of each cell [N], which
     is for reading and carries no gradient.
     """
-    layers = (scale.weight_GH, scale.bias_G) + ((zero.weight_GH, zero.bias_G) if zero else (None, None))
+    layers = (scale.weight, scale.bias) + ((None, None) if zero is None else (zero.weight, zero.bias))
     device = hidden_NH.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
     mean, loss_N = _DecoderLoss.apply(hidden_NH, *layers, log_theta_G, (target, dtype))  # type: ignore[no-untyped-call]
@@ -77,23 +69,29 @@ def decoder_loss(
 
 def sparse_product(counts: CountsCSR, value_M: Tensor, weight_GH: Tensor) -> Tensor:
     """Sparse [N, G] x dense [G, H], with values in place of the counts; differentiable in ``weight_GH``."""
+    if not available(weight_GH):
+        return _sum_of_rows(counts, value_M, weight_GH)
     product_NH: Tensor = _SparseProduct.apply(counts, value_M, weight_GH)  # type: ignore[no-untyped-call]
     return product_NH
+
+
+def _sum_of_rows(counts: CountsCSR, value_M: Tensor, weight_GH: Tensor) -> Tensor:
+    first_N = counts.indptr_N[:-1].to(counts.gene_M.dtype)
+    return functional.embedding_bag(counts.gene_M, weight_GH, first_N, mode="sum", per_sample_weights=value_M)
 
 
 class _SparseProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, counts: CountsCSR, value_M: Tensor, weight_GH: Tensor) -> Tensor:
         ctx.counts, ctx.value_M, ctx.shape = counts, value_M, weight_GH.shape
-        first_N = counts.indptr_N[:-1].to(counts.gene_M.dtype)
-        return functional.embedding_bag(counts.gene_M, weight_GH, first_N, mode="sum", per_sample_weights=value_M)
+        return _sum_of_rows(counts, value_M, weight_GH)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NH: Tensor) -> tuple[Tensor | None, ...]:
-        counts: CountsCSR = ctx.counts
         from carvae.model.kernels import scatter_rows  # numba is slow to import, and not needed to read a bundle
 
+        counts: CountsCSR = ctx.counts
         dweight_GH = grad_NH.new_zeros(ctx.shape)
         scatter_rows(*_arrays(counts.indptr_N, counts.gene_M, ctx.value_M, grad_NH.contiguous(), dweight_GH))
         return None, None, dweight_GH

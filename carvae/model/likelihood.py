@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from carvae.data.sparse import CountsCSR
 from carvae.model import fused
-from carvae.model.fused import Layer, Target
+from carvae.model.fused import Target
 
 EPS = 1e-8
 """Added inside logarithms, as in scvi-tools."""
@@ -34,11 +34,10 @@ def reconstruction(
 ) -> tuple[Tensor, Tensor]:
     """Negative log likelihood of counts from the decoder's last hidden layer: `fused.decoder_loss` where it can be had.
 
-    Else the same in plain torch. Arguments and results are those of `fused.decoder_loss`, with layers of torch.
+    Else the same in plain torch. Arguments and results are those of `fused.decoder_loss`.
     """
     if fused.available(log_theta_G):
-        layers = [None if layer is None else Layer(layer.weight, layer.bias) for layer in (scale, zero)]
-        return fused.decoder_loss(hidden_NH, layers[0], layers[1], log_theta_G, target)  # type: ignore[arg-type]
+        return fused.decoder_loss(hidden_NH, scale, zero, log_theta_G, target)
     dtype = log_theta_G.dtype  # under autocast too: the likelihood is not for bfloat16
     logits_NG = scale(hidden_NH).to(dtype)
     if target.unmeasured_NG is not None:

@@ -18,8 +18,7 @@ from torch.nn import functional
 
 from carvae.config import ModelConfig
 from carvae.data.sparse import CountsCSR
-from carvae.model import fused
-from carvae.model.fused import Target
+from carvae.model.fused import Target, sparse_product
 from carvae.model.likelihood import reconstruction
 
 VARIANCE_EPS = 1e-4
@@ -69,14 +68,7 @@ class SparseLinear(nn.Module):
 
     def forward(self, counts: CountsCSR) -> Tensor:
         """Hidden activations [N, H]."""
-        value_M = counts.count_M.log1p()
-        if fused.available(self.weight_GH):
-            return fused.sparse_product(counts, value_M, self.weight_GH) + self.bias_H
-        first_N = counts.indptr_N[:-1].to(counts.gene_M.dtype)
-        hidden_NH = functional.embedding_bag(
-            counts.gene_M, self.weight_GH, first_N, mode="sum", per_sample_weights=value_M
-        )
-        return hidden_NH + self.bias_H
+        return sparse_product(counts, counts.count_M.log1p(), self.weight_GH) + self.bias_H
 
 
 class Encoder(nn.Module):
