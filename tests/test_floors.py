@@ -31,7 +31,7 @@ FLOOR = {
 # Training rebuilds a store that is out of date.
 BESIDE = {("train", "ingest")}
 ONLY_IN = {
-    "lightning": {"train.py"},
+    "lightning": {"train.py", "model/objective.py"},
     "pytorch_lightning": {"train.py"},
     "wandb": {"train.py"},
     "scvi": {"model/scvi_bridge.py"},

@@ -29,6 +29,7 @@ from carvae.ingest import work_folder
 from carvae.model.bundle import load
 from carvae.model.cohort import Cohort
 from carvae.model.metrics import score_axis
+from carvae.model.objective import Objective
 from carvae.model.run_log import wandb_mode
 
 train = import_module("carvae.train")  # an import by name would give the verb
@@ -61,7 +62,7 @@ def cohort_of(world: World, config: Config) -> Cohort:
 def recorded(world: World, output: Path, **sections: Any) -> list[tuple[float, float]]:
     """KL weight and loss of every step of a run."""
     steps: list[tuple[float, float]] = []
-    original = train.Objective._loss
+    original = Objective._loss
 
     def spy(self: Any, batch: Minibatch, thin: Any, kl_weight: float) -> Any:
         loss, parts = original(self, batch, thin, kl_weight)
@@ -69,7 +70,7 @@ def recorded(world: World, output: Path, **sections: Any) -> list[tuple[float, f
             steps.append((kl_weight, float(loss.detach())))
         return loss, parts
 
-    with mock.patch.object(train.Objective, "_loss", spy):
+    with mock.patch.object(Objective, "_loss", spy):
         train_here(world, output, **sections)
     return steps
 
@@ -135,13 +136,13 @@ def test_a_changed_setting_does_not_continue_from_another_run(world: World, tmp_
         if self.current_epoch == 1:
             raise KilledError
 
-    with mock.patch.object(train.Objective, "on_train_epoch_start", die), pytest.raises(KilledError):
+    with mock.patch.object(Objective, "on_train_epoch_start", die), pytest.raises(KilledError):
         train_here(world, tmp_path / "a", train=SHORT)
     assert list((tmp_path / "a.work").rglob("last.ckpt"))
     table = work_folder(tmp_path / "a") / "fit" / "log" / "metrics.csv"
     before = table.read_text(encoding="utf-8")
     (table.parents[1] / "wandb" / "offline-run-1").mkdir(parents=True)
-    with mock.patch.object(train.Objective, "on_train_epoch_start", die), pytest.raises(KilledError):
+    with mock.patch.object(Objective, "on_train_epoch_start", die), pytest.raises(KilledError):
         train_here(world, tmp_path / "a", train=SHORT)
     assert table.read_text(encoding="utf-8") == before, "going on lost the log, or told it twice"
     changed = SHORT | {"lr": 1e-3}
@@ -157,7 +158,7 @@ def test_a_run_that_goes_on_has_the_log_of_an_uninterrupted_one(world: World, tm
         if self.current_epoch == 2:
             raise KeyError("killed")
 
-    with mock.patch.object(train.Objective, "on_train_epoch_start", die), pytest.raises(KeyError):
+    with mock.patch.object(Objective, "on_train_epoch_start", die), pytest.raises(KeyError):
         train_here(world, tmp_path / "a", train=SHORT)
     for name in ("a", "b"):
         train_here(world, tmp_path / name, train=SHORT)
@@ -209,7 +210,7 @@ def test_training_stops_where_the_held_out_loss_does_not_fall(world: World, tmp_
     # the weights are those of the best epoch, not of the last
     bundle, config = load(tmp_path / "m"), Config.parse(settings(world.folder, tmp_path / "m", **sections))
     cohort, split = held_out_of(world, config)
-    module = train.Objective(bundle.network, cohort.data(split.train, config), cohort, split, config)
+    module = Objective(bundle.network, cohort.data(split.train, config), cohort, split, config)
     total, n = 0.0, 0
     for batch in module.val_dataloader():
         with torch.no_grad():

@@ -1,0 +1,177 @@
+"""What training minimises, and its steps: ELBO on all cells, label loss on the labelled.
+
+The noise of a step is a function of the seed and the step, the order of cells of the seed and the epoch.
+
+Axes: N cells, A label axes, S leaves.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from typing import Any
+
+import lightning.pytorch as lightning
+import torch
+from torch import Tensor
+
+from carvae.config import Config
+from carvae.data.loader import CellData, Chunks, Minibatch, MinibatchLoader, Thinning, seed_step
+from carvae.data.split import PatientSplit
+from carvae.errors import TrainError
+from carvae.model.cohort import Cohort
+from carvae.model.heads import label_loss
+from carvae.model.metrics import AxisScores, score_axis
+from carvae.model.network import Network
+
+log = logging.getLogger(__name__)
+
+STEPS_PER_CALL = 16
+"""Optimiser steps in one call of Lightning, whose own work between calls costs up to a quarter of a step."""
+LR_WARMUP = 0.05
+"""Share of the steps over which the learning rate rises."""
+
+
+class Objective(lightning.LightningModule):
+    """The network with its loss, data and optimiser.
+
+    Parameters
+    ----------
+    network
+        What is trained.
+    data
+        All cells.
+    cohort
+        Their label tree, and which leaves each label allows.
+    split
+        Cells to train on and cells to watch.
+    config
+        All settings.
+    """
+
+    n_steps: int = 1
+    """Optimiser steps of the whole schedule: warm-ups and learning rate are fractions of it."""
+
+    def __init__(self, network: Network, data: CellData, cohort: Cohort, split: PatientSplit, config: Config) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.network = network
+        self.data, self.split, self.config = data, split, config
+        self.leaves = {} if cohort.tree is None else {axis.name: axis.leaves for axis in cohort.tree.axes}
+        self.truth = {axis: cohort.true_leaf(axis)[split.validation] for axis in self.leaves}
+        for a, allowed_LS in enumerate(cohort.allowed().values()):
+            self.register_buffer(f"allowed_{a}", allowed_LS, persistent=False)
+        train = config.train
+        self.thin = Thinning(train.thinning, train.min_depth, train.gene_dropout, train.max_gene_dropout)
+        self.scores: dict[str, AxisScores] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._val_loss: float | None = None
+        self._train_sums: dict[str, Tensor] = {}
+        self._held_out: list[dict[str, Tensor]] = []
+
+    def train_dataloader(self) -> Chunks:
+        """Training cells, in the order of this epoch."""
+        rows, size = self.split.train, self.config.train.batch_size
+        return Chunks(MinibatchLoader(self.data, rows, size, self.config.seed, self.current_epoch), STEPS_PER_CALL)
+
+    def val_dataloader(self) -> MinibatchLoader | list[Any]:
+        """Cells of held-out patients, in order."""
+        rows = self.split.validation
+        return MinibatchLoader(self.data, rows, max(1024, self.config.train.batch_size)) if rows.size else []
+
+    def training_step(self, batches: list[Minibatch], batch_idx: int) -> None:
+        """Some optimiser steps; what the encoder sees is thinned, what the decoder explains is not."""
+        optimizer: Any = self.optimizers()
+        schedule: Any = self.lr_schedulers()
+        for batch in batches:
+            seed_step(self.config.seed, self.global_step, self.device)
+            kl_weight = self.config.train.kl_weight_at((self.global_step + 1) / self.n_steps)  # full even for one step
+            loss, parts = self._loss(batch, self.thin, kl_weight)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+            schedule.step()
+            self._accumulate(parts | {"train_loss": loss}, batch)
+
+    def on_train_epoch_end(self) -> None:
+        """Log the epoch's means; stop where training has diverged."""
+        means = self._means()
+        self._refuse_divergence(means["train_loss"])
+        self.log_dict(means)
+        if not sys.stderr.isatty():  # on a terminal there is the progress bar
+            said = [f"train loss {means['train_loss']:.2f}"]
+            said += [] if self._val_loss is None else [f"held-out loss {self._val_loss:.2f}"]
+            said += [f"{axis} macro-F1 {s.macro_f1:.3f}" for axis, s in self.scores.items() if len(s.recall) > 1]
+            log.info("epoch %d: %s", self.current_epoch + 1, ", ".join(said))
+
+    def on_validation_epoch_start(self) -> None:
+        """Put the training sums aside: validation has its own."""
+        self._train_sums, self._sums = self._sums, {}
+        self._held_out = []
+
+    def validation_step(self, batch: Minibatch, batch_idx: int) -> None:
+        """Loss of held-out cells with z at its mean, and their predictions."""
+        loss, parts = self._loss(batch, None, self.config.train.kl_weight)
+        self._accumulate(parts | {"val_loss": loss}, batch)
+        _, log_probability = self.network(batch.counts)
+        self._held_out.append({axis: p.exp().cpu() for axis, p in log_probability.items()})
+
+    def on_validation_epoch_end(self) -> None:
+        """Log held-out losses and label scores over the whole held-out set."""
+        means = self._means()
+        self._refuse_divergence(means["val_loss"])  # comes before the training epoch's own end
+        self._val_loss = means["val_loss"]
+        self.log_dict({name if name == "val_loss" else f"val_{name}": value for name, value in means.items()})
+        for axis, leaves in self.leaves.items():
+            probability = torch.cat([p[axis] for p in self._held_out]).float().numpy()
+            scores = score_axis(probability, self.truth[axis], leaves)
+            if scores is not None:
+                self.scores[axis] = scores
+                self.log_dict({f"val_{axis}_macro_f1": scores.macro_f1, f"val_{axis}_ece": scores.ece})
+                self.log_dict({f"val_{axis}_recall/{leaf}": recall for leaf, recall in scores.recall.items()})
+        self._sums = self._train_sums
+
+    def configure_optimizers(self) -> Any:
+        """Adam with a cosine schedule; eps at 1e-8, since gradients of rare genes are smaller than scvi's 0.01."""
+        train = self.config.train
+        optimizer = torch.optim.Adam(
+            self.network.parameters(), lr=train.lr, eps=1e-8, weight_decay=train.weight_decay, fused=True
+        )
+
+        def factor(step: int) -> float:
+            done = min(step / self.n_steps, 1.0)
+            return min(1.0, done / LR_WARMUP + 0.02) * 0.5 * (1 + math.cos(math.pi * done))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _loss(self, batch: Minibatch, thin: Thinning | None, kl_weight: float) -> tuple[Tensor, dict[str, Tensor]]:
+        posterior = self.network.vae.encoder(batch.counts if thin is None else thin(batch.counts))
+        z_NK = posterior.mean_NK if thin is None else posterior.sample()
+        elbo = self.network.vae.elbo(batch.counts, posterior, z_NK, batch.covariate_NC, batch.unmeasured_NG)
+        loss = elbo.loss(kl_weight)
+        parts = {"reconstruction": elbo.reconstruction, "kl": elbo.kl_N.mean()}
+        for a, (axis, log_probability_NS) in enumerate(self.network.head(posterior.mean_NK).items()):
+            labels = batch.code_NA[:, a], self.get_buffer(f"allowed_{a}"), batch.weight_NA[:, a]
+            parts[f"label_{axis}"] = label_loss(log_probability_NS, *labels)
+            loss = loss + self.config.train.label_weight * parts[f"label_{axis}"]
+        return loss, parts
+
+    def _accumulate(self, parts: dict[str, Tensor], batch: Minibatch) -> None:
+        """Sum over cells on the device; nothing is read back before the epoch ends."""
+        n = batch.counts.n_cells
+        for name, value in (parts | {"n": torch.ones_like(next(iter(parts.values())))}).items():
+            self._sums[name] = self._sums.get(name, 0.0) + n * value.detach()
+
+    def _refuse_divergence(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise TrainError(
+                f"the loss is not finite in epoch {self.current_epoch}; lower train.lr (now {self.config.train.lr:g})"
+            )
+
+    def _means(self) -> dict[str, float]:
+        n = self._sums.pop("n")
+        means = {name: float(value / n) for name, value in self._sums.items()}
+        self._sums = {}
+        return means
