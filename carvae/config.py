@@ -103,7 +103,9 @@ class ModelConfig(Section):
     """How far labels share what is learned with those that share a word of their name or a node of the tree: at 1
     they differ by shared parts alone where those suffice, at 0 each also has all of its own."""
     head_dropout: Fraction = 0.0
-    """Dropout on what the state head reads."""
+    """Dropout on the latent coordinates that the state head reads."""
+    gene_penalty: float = Field(1e-2, gt=0)
+    """Weight of the squared coefficients of the state head's view of the genes, against the mean label loss."""
 
 
 class TrainConfig(Section):

@@ -40,6 +40,7 @@ from carvae.labels.signatures import Signatures
 from carvae.model.bundle import Bundle, Provenance, check_place, leaf_parts
 from carvae.model.card import write_card
 from carvae.model.cohort import Cohort
+from carvae.model.gene_view import fit_gene_view
 from carvae.model.held_out import held_out_metrics
 from carvae.model.metrics import AxisScores
 from carvae.model.network import Network
@@ -138,7 +139,10 @@ def fit(cohort: Cohort, split: PatientSplit, config: Config, folder: Path) -> Fi
         module.load_state_dict(best["state_dict"])
         n_trained = int(best["epoch"]) + 1
     _finish(trainer.loggers, module.scores)
-    return Fit(network.cpu().eval(), n_trained)
+    network = network.cpu().eval()
+    rng = np.random.default_rng((config.seed, 4))
+    fit_gene_view(network.head, data, split.train, list(cohort.allowed().values()), config.model, rng)
+    return Fit(network, n_trained)
 
 
 @contextmanager

@@ -52,12 +52,12 @@ class Network(nn.Module):
     ) -> None:
         super().__init__()
         self.vae = CellVAE(n_genes, n_categories, config)
-        self.head = StateHead(parts, config)
+        self.head = StateHead(parts, n_genes, config)
 
     def forward(self, counts: CountsCSR) -> tuple[Posterior, dict[str, Tensor]]:
-        """Posterior of z and, from its mean, the log probability of each leaf [N, S] per axis."""
+        """Posterior of z and, from its mean and the counts, the log probability of each leaf [N, S] per axis."""
         posterior = self.vae.encoder(counts)
-        return posterior, self.head(posterior.mean_NK)
+        return posterior, self.head(posterior.mean_NK, counts)
 
     @torch.inference_mode()
     def predict(self, counts: sp.csr_matrix) -> Prediction:

@@ -152,7 +152,7 @@ class Objective(lightning.LightningModule):
         elbo = self.network.vae.elbo(batch.counts, posterior, z_NK, batch.covariate_NC, batch.unmeasured_NG)
         loss = elbo.loss(kl_weight)
         parts = {"reconstruction": elbo.reconstruction, "kl": elbo.kl_N.mean()}
-        for a, (axis, log_probability_NS) in enumerate(self.network.head(posterior.mean_NK).items()):
+        for a, (axis, log_probability_NS) in enumerate(self.network.head.latent_view(posterior.mean_NK).items()):
             labels = batch.code_NA[:, a], self.get_buffer(f"allowed_{a}"), batch.weight_NA[:, a]
             parts[f"label_{axis}"] = label_loss(log_probability_NS, *labels)
             loss = loss + self.config.train.label_weight * parts[f"label_{axis}"]
