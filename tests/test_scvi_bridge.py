@@ -49,6 +49,7 @@ FITTING: dict[str, Any] = {
     "n_latent": 4,
     "use_layer_norm": "both",
     "use_batch_norm": "none",
+    "deeply_inject_covariates": False,
     "gene_likelihood": "nb",
 }
 
@@ -286,7 +287,7 @@ def test_an_scvi_model_becomes_a_network(setup: dict[str, Any], settings: dict[s
         ({"use_batch_norm": "both"}, None, ["the encoder has BatchNorm", "the decoder has BatchNorm", "2 problems"]),
         ({"use_batch_norm": "decoder"}, None, ["the decoder has BatchNorm"]),
         ({"use_layer_norm": "none"}, None, ["the encoder lacks LayerNorm", "the decoder lacks LayerNorm"]),
-        ({"deeply_inject_covariates": False, "n_layers": 2}, None, ["the first layer of the decoder alone"]),
+        ({"deeply_inject_covariates": True, "n_layers": 2}, None, ["every layer of the decoder"]),
         ({"encode_covariates": True}, None, ["the encoder sees the covariates"]),
         ({"use_observed_lib_size": False}, None, ["the library size is inferred (use_observed_lib_size)"]),
         ({"dispersion": "gene-batch"}, None, ["dispersion is 'gene-batch', not 'gene'"]),
@@ -313,8 +314,8 @@ def test_another_architecture_is_refused_by_name(
         assert words in str(refusal.value)
 
 
-def test_covariates_in_the_first_layer_alone_without_a_second_changes_nothing() -> None:
-    assert from_scvi(an_scvi(deeply_inject_covariates=False)).categories == {"donor_code": ("0", "1", "2")}
+def test_deep_injection_without_a_second_layer_changes_nothing() -> None:
+    assert from_scvi(an_scvi(deeply_inject_covariates=True)).categories == {"donor_code": ("0", "1", "2")}
 
 
 def test_another_kind_of_model_is_refused() -> None:

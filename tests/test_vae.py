@@ -95,6 +95,7 @@ def scvi_module(vae: CellVAE, config: ModelConfig, n_categories: dict[str, int],
         gene_likelihood=config.gene_likelihood,
         use_layer_norm="both",
         use_batch_norm="none",
+        deeply_inject_covariates=False,
     ).to(dtype)
     result = module.load_state_dict(scvi_state(vae), strict=False)
     unused = ("l_encoder.", "decoder.px_r_decoder.", "decoder.px_dropout_decoder.")

@@ -3,9 +3,9 @@
 Axes: N cells, G genes, H hidden, K latent, C categories of one covariate.
 
 `CellVAE` is ``scvi.module.VAE`` with LayerNorm in encoder and decoder, no BatchNorm, observed library, per-gene
-dispersion, and covariates in every layer of the decoder. scvi-tools one-hot encodes the covariates beside a layer's
-input, so the part of our table that is for a layer stands, transposed, to the right of its weight. A covariate with one
-category has no column there: its row goes into the bias. scvi-tools is imported by the functions: it takes seconds.
+dispersion, and covariates in the decoder's first layer. scvi-tools one-hot encodes the covariates beside z, so a
+table of ours stands, transposed, to the right of the decoder's first weight [H, K]. A covariate with one category
+has no column there: its row goes into the bias. scvi-tools is imported by the functions, since that takes seconds.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ UNKNOWN = "unknown"
 """Category of the cells whose batch the model has not seen; it has the mean of the table."""
 REMEDY = (
     "this SCVI model does not fit carvae; train one with scvi.model.SCVI(adata, use_layer_norm='both', "
-    "use_batch_norm='none', gene_likelihood='nb')"
+    "use_batch_norm='none', deeply_inject_covariates=False, gene_likelihood='nb')"
 )
 
 
@@ -101,6 +101,7 @@ def to_scvi(bundle: Bundle, adata: AnnData, covariates: Mapping[str, str] | None
             gene_likelihood=config.gene_likelihood,
             use_layer_norm="both",
             use_batch_norm="none",
+            deeply_inject_covariates=False,
         )
     tables = _tables(bundle.network.vae, {name: UNKNOWN in column.categories for name, column in columns.items()})
     state = {name: torch.zeros_like(tensor) for name, tensor in model.module.state_dict().items()}
@@ -155,20 +156,17 @@ def scvi_state(vae: CellVAE, tables: Mapping[str, Tensor] | None = None) -> dict
     vae
         The model.
     tables
-        Covariate -> rows [C, layers x H] to take for those of the model.
+        Covariate -> rows [C, H] to take for those of the model.
     """
     own = {name: tensor.detach().cpu() for name, tensor in vae.state_dict().items()}
     if tables is None:
         tables = _tables(vae, {})
     state = {theirs: own[ours] for ours, theirs in _same(vae.encoder.layers, vae.decoder.zero is not None)}
     state[_encoder_layer(0, "weight")] = own["encoder.first.weight_GH"].t().contiguous()
-    parts = {name: table.chunk(1 + len(vae.decoder.layers), 1) for name, table in tables.items()}
-    for i, ours in enumerate(_decoder_layers(len(vae.decoder.layers))):
-        rows = [part[i] for part in parts.values()]
-        columns = [own[f"{ours}.weight"], *(part_CH.t() for part_CH in rows if len(part_CH) > 1)]
-        state[_decoder_layer(i, "weight")] = torch.cat(columns, 1)
-        folded = [part_CH[0] for part_CH in rows if len(part_CH) == 1]
-        state[_decoder_layer(i, "bias")] = torch.stack([own[f"{ours}.bias"], *folded]).sum(0)
+    columns = [own["decoder.first.weight"], *(table.t() for table in tables.values() if len(table) > 1)]
+    state[_decoder_layer(0, "weight")] = torch.cat(columns, 1)
+    folded = [table[0] for table in tables.values() if len(table) == 1]
+    state[_decoder_layer(0, "bias")] = torch.stack([own["decoder.first.bias"], *folded]).sum(0)
     return state
 
 
@@ -189,14 +187,13 @@ def carvae_state(
     pairs = _same(range(config.n_layers - 1), config.gene_likelihood == "zinb")
     own = {ours: state[theirs] for ours, theirs in pairs}
     own["encoder.first.weight_GH"] = state[_encoder_layer(0, "weight")].t()
+    own["decoder.first.bias"] = state[_decoder_layer(0, "bias")]
+    weight = state[_decoder_layer(0, "weight")]
     widths = [n if n > 1 else 0 for n in n_categories.values()]
-    parts: dict[str, list[Tensor]] = {name: [] for name in n_categories}
-    for i, ours in enumerate(_decoder_layers(config.n_layers - 1)):
-        weight, own[f"{ours}.bias"] = state[_decoder_layer(i, "weight")], state[_decoder_layer(i, "bias")]
-        own[f"{ours}.weight"], *columns = torch.split(weight, [weight.shape[1] - sum(widths), *widths], 1)
-        for part, column in zip(parts.values(), columns, strict=True):
-            part.append(column.t() if column.numel() else weight.new_zeros(1, weight.shape[0]))
-    own |= {f"decoder.tables.{name}.weight": torch.cat(part, 1) for name, part in parts.items()}
+    own["decoder.first.weight"], *columns = torch.split(weight, [config.n_latent, *widths], 1)
+    for name, column in zip(n_categories, columns, strict=True):
+        row = weight.new_zeros(1, weight.shape[0])
+        own[f"decoder.tables.{name}.weight"] = column.t() if column.numel() else row
     return {name: tensor.detach().cpu() for name, tensor in own.items()}
 
 
@@ -208,11 +205,6 @@ def _decoder_layer(i: int, kind: str) -> str:
     return f"decoder.px_decoder.fc_layers.Layer {i}.0.{kind}"
 
 
-def _decoder_layers(n_more: int) -> tuple[str, ...]:
-    """Our names of the decoder's hidden layers, the first and ``n_more``."""
-    return "decoder.first", *(f"decoder.layers.{i}" for i in range(n_more))
-
-
 def _same(layers: nn.ModuleList | range, zinb: bool) -> Iterator[tuple[str, str]]:
     """Names, here and in scvi-tools, of the tensors that are the same in both."""
     yield "log_theta_G", "px_r"
@@ -220,6 +212,7 @@ def _same(layers: nn.ModuleList | range, zinb: bool) -> Iterator[tuple[str, str]
     for kind in ("weight", "bias"):
         for i in range(len(layers)):
             yield f"encoder.layers.{i}.{kind}", _encoder_layer(i + 1, kind)
+            yield f"decoder.layers.{i}.{kind}", _decoder_layer(i + 1, kind)
         yield f"encoder.mean.{kind}", f"z_encoder.mean_encoder.{kind}"
         yield f"encoder.log_variance.{kind}", f"z_encoder.var_encoder.{kind}"
         yield f"decoder.scale.{kind}", f"decoder.px_scale_decoder.0.{kind}"
@@ -342,8 +335,8 @@ def _misfits(model: SCVI, categories: Mapping[str, tuple[str, ...]]) -> list[str
         found.append("the library size is a column of its own (size_factor_key)")
     if module.encode_covariates and categories:
         found.append("the encoder sees the covariates (encode_covariates)")
-    if not module.decoder.px_decoder.inject_covariates and module.n_layers > 1 and categories:
-        found.append("covariates enter the first layer of the decoder alone (deeply_inject_covariates=False)")
+    if module.decoder.px_decoder.inject_covariates and module.n_layers > 1 and categories:
+        found.append("covariates enter every layer of the decoder (deeply_inject_covariates)")
     if continuous := model.registry["setup_args"]["continuous_covariate_keys"]:
         found.append(f"it has continuous covariates ({', '.join(continuous)})")
     # torch keeps modules by name, beside its own attributes

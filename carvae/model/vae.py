@@ -3,7 +3,7 @@
 Axes: N cells, G genes, M non-zero counts, H hidden, K latent, C covariates.
 
 Lopez et al. 2018 (doi:10.1038/s41592-018-0229-2), as in scvi-tools' ``VAE`` with ``use_layer_norm="both"``,
-``use_batch_norm="none"`` and covariates in every layer of the decoder; `scvi_bridge` converts weights both ways.
+``use_batch_norm="none"`` and ``deeply_inject_covariates=False``; `scvi_bridge` converts weights both ways.
 LayerNorm, so that the embedding of a cell does not depend on its company.
 """
 
@@ -102,8 +102,7 @@ class Decoder(nn.Module):
     def __init__(self, n_genes: int, n_categories: Mapping[str, int], config: ModelConfig) -> None:
         super().__init__()
         self.first = nn.Linear(config.n_latent, config.n_hidden)
-        width = config.n_layers * config.n_hidden  # a category has a row, with a part for every layer
-        self.tables = nn.ModuleDict({name: nn.Embedding(n, width) for name, n in n_categories.items()})
+        self.tables = nn.ModuleDict({name: nn.Embedding(n, config.n_hidden) for name, n in n_categories.items()})
         for table in self.tables.values():  # at zero, so that a row that is never trained says nothing
             nn.init.zeros_(table.weight)  # type: ignore[arg-type]
         self.layers = nn.ModuleList(nn.Linear(config.n_hidden, config.n_hidden) for _ in range(config.n_layers - 1))
@@ -112,15 +111,12 @@ class Decoder(nn.Module):
 
     def hidden(self, z_NK: Tensor, covariate_NC: Tensor) -> Tensor:
         """Last hidden layer [N, H]. A covariate of -1 (unknown) adds the mean of its table."""
-        layers = (self.first, *self.layers)
-        tables = [table.get_parameter("weight") for table in self.tables.values()]
-        shifts = [_rows(table_CH, covariate_NC[:, c]).chunk(len(layers), 1) for c, table_CH in enumerate(tables)]
-        hidden_NH = z_NK
-        for i, layer in enumerate(layers):
-            hidden_NH = layer(hidden_NH)
-            for shift in shifts:
-                hidden_NH = hidden_NH + shift[i]
-            hidden_NH = functional.layer_norm(hidden_NH, hidden_NH.shape[1:]).relu()
+        hidden_NH = self.first(z_NK)
+        for c, table in enumerate(self.tables.values()):
+            hidden_NH = hidden_NH + _rows(table.weight, covariate_NC[:, c])  # type: ignore[arg-type]
+        hidden_NH = functional.layer_norm(hidden_NH, hidden_NH.shape[1:]).relu()
+        for layer in self.layers:
+            hidden_NH = functional.layer_norm(layer(hidden_NH), hidden_NH.shape[1:]).relu()
         return hidden_NH
 
 
