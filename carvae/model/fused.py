@@ -89,11 +89,11 @@ class _SparseProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NH: Tensor) -> tuple[Tensor | None, ...]:
-        from carvae.model.kernels import scatter_rows  # numba is slow to import, and not needed to read a bundle
+        from carvae.model.kernels import transposed_product  # numba is slow to import, and not needed to read a bundle
 
         counts: CountsCSR = ctx.counts
-        dweight_GH = grad_NH.new_zeros(ctx.shape)
-        scatter_rows(*_arrays(counts.indptr_N, counts.gene_M, ctx.value_M, grad_NH.contiguous(), dweight_GH))
+        dweight_GH = grad_NH.new_empty(ctx.shape)
+        transposed_product(*_arrays(counts.indptr_N, counts.gene_M, ctx.value_M, grad_NH.contiguous(), dweight_GH))
         return None, None, dweight_GH
 
 
@@ -114,11 +114,11 @@ class _DecoderLoss(torch.autograd.Function):
             hidden_NH = hidden_NH.to(dtype)
             weights = [w.to(dtype) for w in (weight_GH, zero_weight_GH) if w is not None]
             biases = [b for b in (bias_G, zero_bias_G) if b is not None]
-            logits = [_linear(hidden_NH, w, b) for w, b in zip(weights, biases, strict=True)]
+            logits = [hidden_NH @ w.t() for w in weights]
             if target.unmeasured_NG is not None:
                 logits[0].masked_fill_(target.unmeasured_NG, -torch.inf)
             theta_G = log_theta_G.exp()
-            loss_N, dtheta_G, dbiases = _to_gradients(logits, target, theta_G)
+            loss_N, dtheta_G, dbiases = _to_gradients(logits, biases, target, theta_G)
             ctx.save_for_backward(hidden_NH, dtheta_G.mul_(theta_G / len(loss_N)), *weights, *logits, *dbiases)
             ctx.mark_non_differentiable(loss_N)
         return loss_N.mean(), loss_N
@@ -129,23 +129,17 @@ class _DecoderLoss(torch.autograd.Function):
         hidden_NH, dlog_theta_G, *rest = ctx.saved_tensors
         n = len(rest) // 3
         weights, dlogits, dbiases = rest[:n], rest[n : 2 * n], rest[2 * n :]
-        cast = [d.to(hidden_NH.dtype) for d in dlogits]
         scaled_NH = hidden_NH * grad.to(hidden_NH.dtype)
-        dhidden_NH = sum((d @ w).float() for d, w in zip(cast, weights, strict=True)) * grad
+        dhidden_NH = sum((d @ w).float() for d, w in zip(dlogits, weights, strict=True)) * grad
         grads: list[Tensor | None] = []
-        for d, dbias_G in zip(cast, dbiases, strict=True):
+        for d, dbias_G in zip(dlogits, dbiases, strict=True):
             grads += [(d.t() @ scaled_NH).float(), dbias_G * grad]
         return dhidden_NH, *grads, *[None] * (4 - len(grads)), dlog_theta_G * grad, None
 
 
-def _linear(hidden_NH: Tensor, weight_GH: Tensor, bias_G: Tensor) -> Tensor:
-    """Logits in float32; the bias is added in float32 too."""
-    if hidden_NH.dtype == torch.float32:
-        return torch.addmm(bias_G, hidden_NH, weight_GH.t())
-    return (hidden_NH @ weight_GH.t()).float().add_(bias_G)
-
-
-def _to_gradients(logits: list[Tensor], target: Target, theta_G: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _to_gradients(
+    logits: list[Tensor], biases: list[Tensor], target: Target, theta_G: Tensor
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Turn the logits into gradients of the mean loss; returns loss, gradient of theta (of the sum) and of biases."""
     from carvae.model.kernels import Cells, Sums, nb, zinb
 
@@ -158,9 +152,9 @@ def _to_gradients(logits: list[Tensor], target: Target, theta_G: Tensor) -> tupl
         sums = torch.zeros(3, len(theta_G))
         indptr_N = counts.indptr_N[first : last + 1]
         cells = Cells(*_arrays(indptr_N, counts.gene_M, counts.count_M, target.library_N[first:last]))
-        rows, (theta,) = _arrays(*(tensor[first:last] for tensor in logits)), _arrays(theta_G)
-        kernel: Any = nb if len(logits) == 1 else zinb
-        kernel(*rows, cells, theta, np.float32(1 / n), Sums(*_arrays(loss_N[first:last], *sums)))
+        rows, theta = _arrays(*(tensor[first:last] for tensor in logits)), theta_G.numpy()
+        kernel, bias = (nb, _arrays(*biases)[0]) if len(logits) == 1 else (zinb, tuple(_arrays(*biases)))
+        kernel(*rows, bias, cells, theta, np.float32(1 / n), Sums(*_arrays(loss_N[first:last], *sums)))
         return sums
 
     if n_parts == 1:
@@ -172,5 +166,5 @@ def _to_gradients(logits: list[Tensor], target: Target, theta_G: Tensor) -> tupl
 
 
 def _arrays(*tensors: Tensor) -> list[Any]:
-    """The tensors' own memory, for numba."""
-    return [tensor.detach().numpy() for tensor in tensors]
+    """The tensors' own memory, for numba; bfloat16 as its bits."""
+    return [(t.view(torch.uint16) if t.dtype == torch.bfloat16 else t).detach().numpy() for t in tensors]
