@@ -182,7 +182,7 @@ def _callbacks(checkpoints: Path, *, held_out: bool, patience: int) -> list[Call
         dirpath=checkpoints,
         filename="best",
         monitor="val_loss" if held_out else None,
-        save_top_k=1,
+        save_top_k=1 if held_out else 0,  # with nothing held out the last is the best
         save_last=True,
         save_on_train_epoch_end=True,
         enable_version_counter=False,
