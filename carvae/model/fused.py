@@ -89,11 +89,11 @@ class _SparseProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NH: Tensor) -> tuple[Tensor | None, ...]:
-        from carvae.model.kernels import transposed_product  # numba is slow to import, and not needed to read a bundle
+        from carvae.model.kernels import scatter_rows  # numba is slow to import, and not needed to read a bundle
 
         counts: CountsCSR = ctx.counts
-        dweight_GH = grad_NH.new_empty(ctx.shape)
-        transposed_product(*_arrays(counts.indptr_N, counts.gene_M, ctx.value_M, grad_NH.contiguous(), dweight_GH))
+        dweight_GH = grad_NH.new_zeros(ctx.shape)
+        scatter_rows(*_arrays(counts.indptr_N, counts.gene_M, ctx.value_M, grad_NH.contiguous(), dweight_GH))
         return None, None, dweight_GH
 
 

@@ -14,10 +14,22 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 from numpy.typing import NDArray
+
+from carvae.model.vector import (
+    FAST,
+    ONE,
+    bits,
+    fast_exp,
+    fast_log,
+    fast_log1p,
+    from_bits,
+    gammas,
+    narrow,
+    ordered,
+    widen,
+)
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -27,24 +39,9 @@ EPS = 1e-8
 """Added inside logarithms, as in scvi-tools."""
 SHORT = 8
 """Up to this count, differences of gamma functions are products and sums of so many terms."""
-FAST = {"contract", "nsz"}
-"""No reordering of sums: code from numba's cache would then round otherwise than code just compiled, and a run that
-goes on would not end with the weights of an uninterrupted one. Sums get their vectors from `LANES`."""
 LANES = 64
 """Running sums side by side."""
-SMALLEST = np.float32(-87.0)
-ONE, HALF, TWO = np.float32(1), np.float32(0.5), np.float32(2)
 SMALL = np.float32(EPS)
-LN2, LOG2_E = np.float32(math.log(2)), np.float32(1 / math.log(2))
-LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
-ROUND = np.float32(1.5 * 2**23)
-"""Added, it rounds a float32 to a whole number, which then stands in the last bits."""
-SQRT_HALF_BITS = np.int32(0x3F3504F3)
-MANTISSA, BIAS = np.int32(23), np.int32(127)
-ALL_BUT_SIGN = np.int32(0x7FFFFFFF)
-HALF_LOG_2_PI = 0.5 * math.log(2 * math.pi)
-ASYMPTOTIC = 8.0
-"""From here on the asymptotic series of lgamma and digamma are exact to 1e-13."""
 
 
 class Cells(NamedTuple):
@@ -82,6 +79,9 @@ class _Row(NamedTuple):
     """Logits of the zero inflation."""
     dzero_G: Floats
     """Gradient of the loss in them."""
+    slope_G: Floats
+    """Gradient of the uninflated loss in theta."""
+    exp_G: Floats
 
 
 class _Entries(NamedTuple):
@@ -110,121 +110,6 @@ class _Theta(NamedTuple):
     digamma_G: Doubles
 
 
-@intrinsic
-def _bits(typing: Any, x: Any) -> Any:
-    """The bits of a float32 as an int32."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.IntType(32))
-
-    return types.int32(types.float32), generate
-
-
-@intrinsic
-def _float(typing: Any, bits: Any) -> Any:
-    """The float32 of the bits of an int32."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.FloatType())
-
-    return types.float32(types.int32), generate
-
-
-@intrinsic
-def _widen(typing: Any, x: Any) -> Any:
-    """The float32 of a float32, or of the bits of a bfloat16."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        if x == types.float32:
-            return args[0]
-        word = ir.IntType(32)
-        return builder.bitcast(builder.shl(builder.zext(args[0], word), word(16)), ir.FloatType())
-
-    return types.float32(x), generate
-
-
-@intrinsic
-def _narrow(typing: Any, value: Any, like: Any) -> Any:
-    """A float32 as the type of ``like``: itself, or the bits of the nearest bfloat16 (ties to even)."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        if like == types.float32:
-            return args[0]
-        word = ir.IntType(32)
-        bits = builder.bitcast(args[0], word)
-        last = builder.and_(builder.lshr(bits, word(16)), word(1))
-        rounded = builder.add(bits, builder.add(last, word(0x7FFF)))
-        return builder.trunc(builder.lshr(rounded, word(16)), ir.IntType(16))
-
-    return like(types.float32, like), generate
-
-
-@njit(forceinline=True)
-def _ordered(bits: Any) -> Any:
-    """Between the bits of a float32 and an int32 of the same order, both ways: integers have a vector maximum."""
-    return np.int32(bits ^ (np.int32(bits >> np.int32(31)) & ALL_BUT_SIGN))
-
-
-@njit(fastmath=FAST, forceinline=True, error_model="numpy")
-def _exp(x: Any) -> Any:
-    """exp(x) for x <= 0, relative error 1e-7; 0 below `SMALLEST`. A NaN stays one. Coefficients of Cephes ``expf``."""
-    bounded = SMALLEST if x < SMALLEST else x
-    rounded = bounded * LOG2_E + ROUND
-    k = rounded - ROUND
-    r = (bounded - k * LN2_HIGH) - k * LN2_LOW
-    poly = np.float32(1.9875691500e-4)
-    poly = poly * r + np.float32(1.3981999507e-3)
-    poly = poly * r + np.float32(8.3334519073e-3)
-    poly = poly * r + np.float32(4.1665795894e-2)
-    poly = poly * r + np.float32(1.6666665459e-1)
-    poly = poly * r + HALF
-    value = (poly * r * r + r + ONE) * _float(np.int32((_bits(rounded) + BIAS) << MANTISSA))
-    return np.float32(0) if x < SMALLEST else value
-
-
-@njit(fastmath=FAST, forceinline=True, error_model="numpy")
-def _log_of(k: Any, f: Any) -> Any:
-    """The logarithm of ``2^k (1 + f)`` for 1 + f between sqrt(1/2) and sqrt(2): ``log(1 + f) = 2 artanh(f / (f + 2))``."""
-    s = f / (f + TWO)
-    z = s * s
-    series = np.float32(2 / 9)
-    series = series * z + np.float32(2 / 7)
-    series = series * z + np.float32(2 / 5)
-    series = series * z + np.float32(2 / 3)
-    return np.float32(k) * LN2 + (TWO * s + s * z * series)
-
-
-@njit(fastmath=FAST, forceinline=True, error_model="numpy")
-def _log1p(u: Any) -> Any:
-    """log(1 + u) for u >= 0, relative error 2e-7 however small u is, since f is taken from u itself."""
-    k = np.int32(np.int32(_bits(u + ONE) - SQRT_HALF_BITS) >> MANTISSA)
-    scale = _float(np.int32((BIAS - k) << MANTISSA))
-    return _log_of(k, u * scale + (scale - ONE))
-
-
-@njit(fastmath=FAST, forceinline=True, error_model="numpy")
-def _log(x: Any) -> Any:
-    """log(x) for x > 0, to 2e-7 of the greater of it and 1."""
-    k = np.int32(np.int32(_bits(x) - SQRT_HALF_BITS) >> MANTISSA)
-    return _log_of(k, x * _float(np.int32((BIAS - k) << MANTISSA)) - ONE)
-
-
-@njit(error_model="numpy")
-def _gammas(x: float) -> Any:
-    """lgamma and digamma for x > 0: recurrence to 8, then Abramowitz and Stegun 6.1.41 and 6.3.18."""
-    product, below = 1.0, 0.0
-    while x < ASYMPTOTIC:
-        product *= x
-        below += 1.0 / x
-        x += 1.0
-    log, i = math.log(x), 1.0 / x
-    z = i * i
-    stirling = i * (1 / 12 - z * (1 / 360 - z * (1 / 1260 - z * (1 / 1680 - z * (1 / 1188 - z * 691 / 360360)))))
-    series = z * (1 / 12 - z * (1 / 120 - z * (1 / 252 - z * (1 / 240 - z * (1 / 132 - z * 691 / 32760)))))
-    lgamma = (x - 0.5) * log - x + HALF_LOG_2_PI + stirling
-    return lgamma - math.log(product), log - 0.5 * i - series - below
-
-
 @njit(fastmath=FAST, error_model="numpy")
 def _sum(x_G: Floats) -> Any:
     lanes = np.zeros(LANES, np.float32)
@@ -244,13 +129,13 @@ def _sum(x_G: Floats) -> Any:
 @njit(fastmath=FAST, error_model="numpy")
 def _softmax(logits_G: Floats, bias_G: Floats, p_G: Floats) -> Any:
     """``p_G`` becomes the softmax but for a factor, which is returned."""
-    greatest = _ordered(_bits(np.float32(-np.inf)))
+    greatest = ordered(bits(np.float32(-np.inf)))
     for g in range(p_G.size):
-        p_G[g] = _widen(logits_G[g]) + bias_G[g]
-        greatest = max(greatest, _ordered(_bits(p_G[g])))
-    highest = _float(_ordered(greatest))
+        p_G[g] = widen(logits_G[g]) + bias_G[g]
+        greatest = max(greatest, ordered(bits(p_G[g])))
+    highest = from_bits(ordered(greatest))
     for g in range(p_G.size):
-        p_G[g] = _exp(p_G[g] - highest)
+        p_G[g] = fast_exp(p_G[g] - highest)
     return 1 / _sum(p_G)
 
 
@@ -260,28 +145,35 @@ def _nb_zeros(row: _Row, scale: Any, theta: _Theta, dtheta_G: Floats) -> None:
     p_G, r_G, loss_G, theta_G, inverse_G = row.p_G, row.r_G, row.loss_G, theta.theta_G, theta.inverse_G
     for g in range(p_G.size):
         u = p_G[g] * scale * inverse_G[g]
-        log1p, share = _log1p(u), u / (u + ONE)
+        log1p, share = fast_log1p(u), u / (u + ONE)
         r_G[g] = -theta_G[g] * share
         loss_G[g] = theta_G[g] * log1p
         dtheta_G[g] += log1p - share
 
 
 @njit(fastmath=FAST, error_model="numpy")
-def _zinb_zeros(row: _Row, scale: Any, theta: _Theta, dtheta_G: Floats) -> None:
-    """As `_nb_zeros`; ``dzero_G`` receives the gradient of the loss in the logits of the zero inflation."""
-    p_G, r_G, loss_G, zero_G, dzero_G = row.p_G, row.r_G, row.loss_G, row.zero_G, row.dzero_G
-    theta_G, inverse_G = theta.theta_G, theta.inverse_G
-    for g in range(p_G.size):
-        u = p_G[g] * scale * inverse_G[g]
-        log1p, share = _log1p(u), u / (u + ONE)
-        pi = zero_G[g]
-        a = -theta_G[g] * log1p - pi
-        exp_a, exp_pi = _exp(-abs(a)), _exp(-abs(pi))
-        loss_G[g] = max(-pi, np.float32(0)) - max(a, np.float32(0)) + (_log1p(exp_pi) - _log1p(exp_a))
-        sigmoid = (ONE if a > 0 else exp_a) / (ONE + exp_a)
-        dzero_G[g] = sigmoid - (exp_pi if pi > 0 else ONE) / (ONE + exp_pi)
-        r_G[g] = -theta_G[g] * share * sigmoid
-        dtheta_G[g] += sigmoid * (log1p - share)
+def _zinb_zeros(row: _Row, dtheta_G: Floats) -> None:
+    """What `_nb_zeros` has written, inflated; ``dzero_G`` receives the gradient in the logits of the zero inflation.
+
+    Loop by loop, each with one function that fits the registers.
+    """
+    r_G, loss_G, pi_G, dzero_G, slope_G, exp_G = row.r_G, row.loss_G, row.zero_G, row.dzero_G, row.slope_G, row.exp_G
+    for g in range(pi_G.size):
+        exp_G[g] = fast_exp(-abs(loss_G[g] + pi_G[g]))  # -loss - pi is the a of `likelihood.zinb_loss`
+    for g in range(pi_G.size):
+        inverse = ONE / (ONE + exp_G[g])
+        dzero_G[g] = inverse * (ONE if loss_G[g] + pi_G[g] < 0 else exp_G[g])  # sigmoid(a)
+    for g in range(pi_G.size):
+        dtheta_G[g] += dzero_G[g] * slope_G[g]
+        r_G[g] *= dzero_G[g]
+    for g in range(pi_G.size):
+        a = -loss_G[g] - pi_G[g]
+        loss_G[g] = max(-pi_G[g], np.float32(0)) - max(a, np.float32(0)) - fast_log1p(exp_G[g])
+    for g in range(pi_G.size):
+        exp_G[g] = fast_exp(-abs(pi_G[g]))
+    for g in range(pi_G.size):
+        dzero_G[g] -= (exp_G[g] if pi_G[g] > 0 else ONE) / (ONE + exp_G[g])
+        loss_G[g] += fast_log1p(exp_G[g])
 
 
 @njit(error_model="numpy")
@@ -303,8 +195,8 @@ def _collect(gene_M: Ints, count_M: Floats, row: _Row, scale: Any, theta: _Theta
 def _nb_counts(entries: _Entries, m: int) -> None:
     """What counts to `SHORT` add, with ``total = mu + theta``: differences that would cancel are written out.
 
-    ``log(mu / total) = -log1p(theta / mu)``; the loss has the product of ``(theta + i) / (i + 1)`` for i below x, in two
-    halves lest it overflow; digamma's difference is the derivative of the logarithm of that product.
+    ``log(mu / total) = -log1p(theta / mu)``; the loss has the product of ``(theta + i) / (i + 1)`` for i below x, in
+    two halves lest it overflow; digamma's difference is the derivative of the logarithm of that product.
     """
     count_M, theta_M, mu_M = entries.count_M[:m], entries.theta_M[:m], entries.mu_M[:m]
     loss_M, r_M, dtheta_M = entries.loss_M[:m], entries.r_M[:m], entries.dtheta_M[:m]
@@ -321,7 +213,7 @@ def _nb_counts(entries: _Entries, m: int) -> None:
             below = x > np.float32(i + SHORT // 2)
             dhigh = (dhigh * factor + high) * weight if below else dhigh
             high = high * factor * weight if below else high
-        loss_M[j] = x * _log1p(theta / more) - (_log(low) + _log(high))
+        loss_M[j] = x * fast_log1p(theta / more) - (fast_log(low) + fast_log(high))
         r_M[j] = share * theta * (mu_M[j] / more)
         dtheta_M[j] = share - (dlow / low + dhigh / high)
 
@@ -333,12 +225,12 @@ def _not_inflated(entries: _Entries, m: int) -> None:
     count_M, loss_M, r_M, dtheta_M = entries.count_M[:m], entries.loss_M[:m], entries.r_M[:m], entries.dtheta_M[:m]
     for j in range(m):
         u = mu_M[j] / (theta_M[j] + SMALL)
-        log1p, share = _log1p(u), u / (u + ONE)
+        log1p, share = fast_log1p(u), u / (u + ONE)
         a = -theta_M[j] * log1p - zero_M[j]
-        exp_a = _exp(-abs(a))
+        exp_a = fast_exp(-abs(a))
         is_count = ONE if count_M[j] > 0 else np.float32(0)
         rest = is_count * (exp_a if a > 0 else ONE) / (ONE + exp_a)  # 1 - sigmoid(a)
-        loss_M[j] += is_count * (_log1p(exp_a) - min(a, np.float32(0)))
+        loss_M[j] += is_count * (fast_log1p(exp_a) - min(a, np.float32(0)))
         r_M[j] -= theta_M[j] * share * rest
         dtheta_M[j] += rest * (log1p - share)
         dzero_M[j] = rest
@@ -361,7 +253,7 @@ def _add_dzero(gene_M: Ints, row: _Row, entries: _Entries) -> None:
 @njit(error_model="numpy")
 def _gammas_of(g: int, theta: _Theta) -> Any:
     if theta.lgamma_G[g] != theta.lgamma_G[g]:
-        theta.lgamma_G[g], theta.digamma_G[g] = _gammas(np.float64(theta.theta_G[g]))
+        theta.lgamma_G[g], theta.digamma_G[g] = gammas(np.float64(theta.theta_G[g]))
     return theta.lgamma_G[g], theta.digamma_G[g]
 
 
@@ -371,11 +263,11 @@ def _nb_large(g: int, x: float, mu: float, row: _Row, theta: _Theta, dtheta_G: F
     theta_g, more = np.float64(theta.theta_G[g]), mu + EPS
     total = mu + (theta_g + EPS)
     lgamma, digamma = _gammas_of(g, theta)
-    lgamma_x, digamma_x = _gammas(x + theta_g)
+    lgamma_x, digamma_x = gammas(x + theta_g)
     r = x * theta_g * mu / (total * more)
     row.r_G[g] += np.float32(r)
     dtheta_G[g] += np.float32(x / total - (digamma_x - digamma))
-    return x * math.log1p(theta_g / more) - (lgamma_x - lgamma - _gammas(x + 1.0)[0]), r
+    return x * math.log1p(theta_g / more) - (lgamma_x - lgamma - gammas(x + 1.0)[0]), r
 
 
 @njit(error_model="numpy")
@@ -403,22 +295,22 @@ def _not_inflated_large(g: int, mu: float, row: _Row, theta: _Theta, dtheta_G: F
 
 @njit(fastmath=FAST, error_model="numpy")
 def _to_logits(row: _Row, factor: Any, scale: Any, logits_G: Floats, dbias_G: Floats) -> None:
-    """r to the gradient of the loss in the logits, ``p sum(r) - r``; ``factor`` is sum(r) times that of ``p_G``."""
+    """Write the gradient of the loss in the logits, ``p sum(r) - r``; ``factor`` is sum(r) times that of ``p_G``."""
     p_G, r_G = row.p_G, row.r_G
     for g in range(p_G.size):
         dlogit = (p_G[g] * factor - r_G[g]) * scale
-        logits_G[g] = _narrow(dlogit, logits_G[g])
+        logits_G[g] = narrow(dlogit, logits_G[g])
         dbias_G[g] += dlogit
 
 
 @njit(error_model="numpy")
 def _workspace(n_genes: int, indptr_N: Ints, theta_G: Floats) -> Any:
     m = np.max(np.diff(indptr_N))
-    row, entries = np.zeros((5, n_genes), np.float32), np.zeros((8, m), np.float32)
+    row, entries = np.zeros((7, n_genes), np.float32), np.zeros((8, m), np.float32)
     gammas = np.full((2, n_genes), np.nan)
     inverse_G = ONE / (theta_G + SMALL)
     return (
-        _Row(row[0], row[1], row[2], row[3], row[4]),
+        _Row(row[0], row[1], row[2], row[3], row[4], row[5], row[6]),
         _Entries(
             entries[0],
             entries[1],
@@ -461,9 +353,7 @@ def nb(logits_NG: Any, bias_G: Floats, cells: Cells, theta_G: Floats, scale: Any
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
-def zinb(
-    logits_NG: Any, zero_NG: Any, biases: Any, cells: Cells, theta_G: Floats, scale: Any, sums: Sums
-) -> None:
+def zinb(logits_NG: Any, zero_NG: Any, biases: Any, cells: Cells, theta_G: Floats, scale: Any, sums: Sums) -> None:
     """-log ZINB of each cell; as `nb`, and ``zero_NG`` becomes the gradient in the zero inflation's logits."""
     row, entries, theta = _workspace(logits_NG.shape[1], cells.indptr_N, theta_G)
     bias_G, zero_bias_G = biases
@@ -473,8 +363,10 @@ def zinb(
         factor = _softmax(logits_NG[n], bias_G, row.p_G)
         exact = factor * cells.library_N[n]
         for g in range(zero_bias_G.size):
-            row.zero_G[g] = _widen(zero_NG[n, g]) + zero_bias_G[g]
-        _zinb_zeros(row, np.float32(exact), theta, sums.dtheta_G)
+            row.zero_G[g] = widen(zero_NG[n, g]) + zero_bias_G[g]
+        row.slope_G[:] = 0
+        _nb_zeros(row, np.float32(exact), theta, row.slope_G)
+        _zinb_zeros(row, sums.dtheta_G)
         n_large = _collect(gene, count, row, np.float32(exact), theta, entries)
         _nb_counts(entries, m)
         _not_inflated(entries, m)
@@ -491,34 +383,15 @@ def zinb(
         _to_logits(row, np.float32(sum_r * factor), scale, logits_NG[n], sums.dbias_G)
         for g in range(zero_bias_G.size):
             dzero = row.dzero_G[g] * scale
-            zero_NG[n, g] = _narrow(dzero, zero_NG[n, g])
+            zero_NG[n, g] = narrow(dzero, zero_NG[n, g])
             sums.dzero_bias_G[g] += dzero
 
 
-@njit(error_model="numpy")
-def _by_gene(indptr_N: Ints, gene_M: Ints, value_M: Floats, n_genes: int) -> Any:
-    """The transposed matrix: where each gene's entries begin, their cells and values."""
-    indptr_G = np.zeros(n_genes + 1, np.int64)
-    for g in gene_M:
-        indptr_G[g + 1] += 1
-    indptr_G = np.cumsum(indptr_G)
-    place_G, cell_M, sorted_M = indptr_G.copy(), np.empty(gene_M.size, np.int64), np.empty_like(value_M)
-    for n in range(indptr_N.size - 1):
+@njit(nogil=True, fastmath=FAST, cache=True)
+def scatter_rows(indptr_N: Ints, gene_M: Ints, value_M: Floats, grad_NH: Floats, dweight_GH: Floats) -> None:
+    """Add to each gene's row the gradients of the cells that have it, times their values: sparse^T x dense."""
+    for n in range(grad_NH.shape[0]):
         for j in range(indptr_N[n], indptr_N[n + 1]):
-            place = place_G[gene_M[j]]
-            cell_M[place], sorted_M[place] = n, value_M[j]
-            place_G[gene_M[j]] = place + 1
-    return indptr_G, cell_M, sorted_M
-
-
-@njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)
-def transposed_product(indptr_N: Ints, gene_M: Ints, value_M: Floats, grad_NH: Floats, dweight_GH: Floats) -> None:
-    """Write to each gene's row the gradients of the cells that have it, times their values: sparse^T x dense."""
-    indptr_G, cell_M, value_M = _by_gene(indptr_N, gene_M, value_M, dweight_GH.shape[0])
-    for g in range(dweight_GH.shape[0]):
-        row_H = dweight_GH[g]
-        row_H[:] = 0
-        for j in range(indptr_G[g], indptr_G[g + 1]):
-            grad_H, value = grad_NH[cell_M[j]], value_M[j]
-            for h in range(row_H.size):
-                row_H[h] += value * grad_H[h]
+            g, value = gene_M[j], value_M[j]
+            for h in range(grad_NH.shape[1]):
+                dweight_GH[g, h] += value * grad_NH[n, h]

@@ -1,0 +1,146 @@
+"""Arithmetic of the CPU kernels: exponential and logarithms without branch or call, bits of floats, gamma functions.
+
+In float32, so written that LLVM makes vector instructions of a loop around them. `kernels` is what numba keeps in its
+cache, by that file's time alone: whoever changes this one touches that one too.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+FAST = {"contract", "nsz"}
+"""No reordering of sums: code from numba's cache would then round otherwise than code just compiled, and a run that
+goes on would not end with the weights of an uninterrupted one. Sums get their vectors from `kernels.LANES`."""
+SMALLEST = np.float32(-87.0)
+ONE, HALF, TWO = np.float32(1), np.float32(0.5), np.float32(2)
+LN2, LOG2_E = np.float32(math.log(2)), np.float32(1 / math.log(2))
+LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+ROUND = np.float32(1.5 * 2**23)
+"""Added, it rounds a float32 to a whole number, which then stands in the last bits."""
+SQRT_HALF_BITS = np.int32(0x3F3504F3)
+MANTISSA, BIAS = np.int32(23), np.int32(127)
+ALL_BUT_SIGN = np.int32(0x7FFFFFFF)
+HALF_LOG_2_PI = 0.5 * math.log(2 * math.pi)
+ASYMPTOTIC = 8.0
+"""From here on the asymptotic series of lgamma and digamma are exact to 1e-13."""
+
+
+@intrinsic
+def bits(typing: Any, x: Any) -> Any:
+    """The bits of a float32 as an int32."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.int32(types.float32), generate
+
+
+@intrinsic
+def from_bits(typing: Any, x: Any) -> Any:
+    """The float32 of the bits of an int32."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.int32), generate
+
+
+@intrinsic
+def widen(typing: Any, x: Any) -> Any:
+    """The float32 of a float32, or of the bits of a bfloat16."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if x == types.float32:
+            return args[0]
+        word = ir.IntType(32)
+        return builder.bitcast(builder.shl(builder.zext(args[0], word), word(16)), ir.FloatType())
+
+    return types.float32(x), generate
+
+
+@intrinsic
+def narrow(typing: Any, value: Any, like: Any) -> Any:
+    """A float32 as the type of ``like``: itself, or the bits of the nearest bfloat16 (ties to even)."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if like == types.float32:
+            return args[0]
+        word = ir.IntType(32)
+        bits = builder.bitcast(args[0], word)
+        last = builder.and_(builder.lshr(bits, word(16)), word(1))
+        rounded = builder.add(bits, builder.add(last, word(0x7FFF)))
+        return builder.trunc(builder.lshr(rounded, word(16)), ir.IntType(16))
+
+    return like(types.float32, like), generate
+
+
+@njit(forceinline=True)
+def ordered(x: Any) -> Any:
+    """Between the bits of a float32 and an int32 of the same order, both ways: integers have a vector maximum."""
+    return np.int32(x ^ (np.int32(x >> np.int32(31)) & ALL_BUT_SIGN))
+
+
+@njit(fastmath=FAST, forceinline=True, error_model="numpy")
+def fast_exp(x: Any) -> Any:
+    """exp(x) for x <= 0, relative error 1e-7; 0 below `SMALLEST`. A NaN stays one. Coefficients of Cephes ``expf``."""
+    bounded = SMALLEST if x < SMALLEST else x
+    rounded = bounded * LOG2_E + ROUND
+    k = rounded - ROUND
+    r = (bounded - k * LN2_HIGH) - k * LN2_LOW
+    poly = np.float32(1.9875691500e-4)
+    poly = poly * r + np.float32(1.3981999507e-3)
+    poly = poly * r + np.float32(8.3334519073e-3)
+    poly = poly * r + np.float32(4.1665795894e-2)
+    poly = poly * r + np.float32(1.6666665459e-1)
+    poly = poly * r + HALF
+    value = (poly * r * r + r + ONE) * from_bits(np.int32((bits(rounded) + BIAS) << MANTISSA))
+    return np.float32(0) if x < SMALLEST else value
+
+
+@njit(fastmath=FAST, forceinline=True, error_model="numpy")
+def _log_of(k: Any, f: Any) -> Any:
+    """``log(2^k (1 + f))``, 1 + f between sqrt(1/2) and sqrt(2); ``log(1 + f) = 2 artanh(f / (f + 2))``."""
+    s = f / (f + TWO)
+    z = s * s
+    series = np.float32(2 / 9)
+    series = series * z + np.float32(2 / 7)
+    series = series * z + np.float32(2 / 5)
+    series = series * z + np.float32(2 / 3)
+    return np.float32(k) * LN2 + (TWO * s + s * z * series)
+
+
+@njit(fastmath=FAST, forceinline=True, error_model="numpy")
+def fast_log1p(u: Any) -> Any:
+    """log(1 + u) for u >= 0, relative error 2e-7 however small u is, since f is taken from u itself."""
+    k = np.int32(np.int32(bits(u + ONE) - SQRT_HALF_BITS) >> MANTISSA)
+    scale = from_bits(np.int32((BIAS - k) << MANTISSA))
+    return _log_of(k, u * scale + (scale - ONE))
+
+
+@njit(fastmath=FAST, forceinline=True, error_model="numpy")
+def fast_log(x: Any) -> Any:
+    """log(x) for x > 0, to 2e-7 of the greater of it and 1."""
+    k = np.int32(np.int32(bits(x) - SQRT_HALF_BITS) >> MANTISSA)
+    return _log_of(k, x * from_bits(np.int32((BIAS - k) << MANTISSA)) - ONE)
+
+
+@njit(error_model="numpy")
+def gammas(x: float) -> Any:
+    """Logarithm of gamma, and digamma, for x > 0: recurrence to 8, then Abramowitz and Stegun 6.1.41 and 6.3.18."""
+    product, below = 1.0, 0.0
+    while x < ASYMPTOTIC:
+        product *= x
+        below += 1.0 / x
+        x += 1.0
+    log, i = math.log(x), 1.0 / x
+    z = i * i
+    stirling = i * (1 / 12 - z * (1 / 360 - z * (1 / 1260 - z * (1 / 1680 - z * (1 / 1188 - z * 691 / 360360)))))
+    series = z * (1 / 12 - z * (1 / 120 - z * (1 / 252 - z * (1 / 240 - z * (1 / 132 - z * 691 / 32760)))))
+    lgamma = (x - 0.5) * log - x + HALF_LOG_2_PI + stirling
+    return lgamma - math.log(product), log - 0.5 * i - series - below
