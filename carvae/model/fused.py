@@ -146,7 +146,6 @@ def _to_gradients(
     n, counts = len(target.library_N), target.counts
     loss_N = torch.empty(n)
     n_parts = max(1, min(torch.get_num_threads(), n))
-    bounds = np.linspace(0, n, n_parts + 1).astype(int)
 
     def some_cells(first: int, last: int) -> Tensor:
         sums = torch.zeros(3, len(theta_G))
@@ -160,6 +159,7 @@ def _to_gradients(
     if n_parts == 1:
         sums = some_cells(0, n)
     else:
+        bounds = np.linspace(0, n, n_parts + 1).astype(int)
         with ThreadPoolExecutor(n_parts) as pool:
             sums = torch.stack(list(pool.map(some_cells, bounds[:-1], bounds[1:]))).sum(0)
     return loss_N, sums[0], list(sums[1 : 1 + len(logits)])
