@@ -4,14 +4,18 @@ Axes: N cells, G genes, H hidden, M non-zero counts.
 
 `decoder_loss` is product, softmax and likelihood at once: the kernel turns the logits into their gradient where they
 lie, so that no second N x G tensor is made and backward is two matrix products. `sparse_product` is the encoder's first
-layer. `available` says whether the kernels can take a tensor; `likelihood` and `vae` hold the plain torch form of the
-same maths for the rest (float64, GPUs).
+layer. Tensors on a CPU go to numba (`kernels`), those on a GPU to Triton (`triton_kernels`). `available` says whether
+the kernels can take a tensor; `likelihood` and `vae` hold the plain torch form of the same maths for the rest.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -23,9 +27,22 @@ from torch.nn import functional
 from carvae.data.sparse import CountsCSR
 
 
+MOST_GENES_ON_GPU = 16_384
+"""A GPU keeps a row in registers; wider rows would spill."""
+
+
 def available(tensor: Tensor) -> bool:
-    """Whether kernels can take tensors of this device and type."""
-    return tensor.device.type == "cpu" and tensor.dtype == torch.float32
+    """Whether kernels can take tensors of this device and type, with as many rows as there are genes."""
+    if tensor.dtype != torch.float32:
+        return False
+    return tensor.device.type == "cpu" or (tensor.is_cuda and len(tensor) <= MOST_GENES_ON_GPU and _can_triton())
+
+
+@cache
+def _can_triton() -> bool:
+    """Whether Triton is here with what it needs: on its first call it compiles a small C file."""
+    compilers = (os.environ.get("CC", ""), "gcc", "clang", "cc")
+    return find_spec("triton") is not None and any(map(shutil.which, filter(None, compilers)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +78,7 @@ def decoder_loss(
     is for reading and carries no gradient.
     """
     layers = (scale.weight, scale.bias) + ((None, None) if zero is None else (zero.weight, zero.bias))
-    device = hidden_NH.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-    mean, loss_N = _DecoderLoss.apply(hidden_NH, *layers, log_theta_G, (target, dtype))  # type: ignore[no-untyped-call]
+    mean, loss_N = _DecoderLoss.apply(hidden_NH, *layers, log_theta_G, (target, _product_type(hidden_NH)))  # type: ignore[no-untyped-call]
     return mean, loss_N
 
 
@@ -71,6 +86,8 @@ def sparse_product(counts: CountsCSR, value_M: Tensor, weight_GH: Tensor) -> Ten
     """Sparse [N, G] x dense [G, H], with values in place of the counts; differentiable in ``weight_GH``."""
     if not available(weight_GH):
         return _sum_of_rows(counts, value_M, weight_GH)
+    if weight_GH.is_cuda:
+        return _dense_product(counts, value_M, weight_GH)
     product_NH: Tensor = _SparseProduct.apply(counts, value_M, weight_GH)  # type: ignore[no-untyped-call]
     return product_NH
 
@@ -78,6 +95,19 @@ def sparse_product(counts: CountsCSR, value_M: Tensor, weight_GH: Tensor) -> Ten
 def _sum_of_rows(counts: CountsCSR, value_M: Tensor, weight_GH: Tensor) -> Tensor:
     first_N = counts.indptr_N[:-1].to(counts.gene_M.dtype)
     return functional.embedding_bag(counts.gene_M, weight_GH, first_N, mode="sum", per_sample_weights=value_M)
+
+
+def _dense_product(counts: CountsCSR, value_M: Tensor, weight_GH: Tensor) -> Tensor:
+    """As `sparse_product`, through a dense [N, G], in the type of autocast where that is on."""
+    from carvae.model.triton_kernels import dense_rows
+
+    return (dense_rows(counts, value_M, _product_type(weight_GH)) @ weight_GH).float()
+
+
+def _product_type(tensor: Tensor) -> torch.dtype:
+    """The type that inputs of matrix products have on the tensor's device."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
 
 
 class _SparseProduct(torch.autograd.Function):
@@ -141,6 +171,10 @@ def _to_gradients(
     logits: list[Tensor], biases: list[Tensor], target: Target, theta_G: Tensor
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Turn the logits into gradients of the mean loss; returns loss, gradient of theta (of the sum) and of biases."""
+    if theta_G.is_cuda:
+        from carvae.model.triton_kernels import to_gradients
+
+        return to_gradients(logits, target.counts, target.library_N, theta_G)
     from carvae.model.kernels import Cells, Sums, nb, zinb
 
     n, counts = len(target.library_N), target.counts

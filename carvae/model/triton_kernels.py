@@ -2,15 +2,17 @@
 
 Axes: N cells, G genes, M non-zero counts, P programs that run side by side.
 
-`nb` and `zinb` read a row of logits once: softmax, likelihood and gradient are made in registers, and the gradient goes
-where the logits were. What is done for every gene is in float32, what is done at counts alone in float64. The sums over
+`nb` and `zinb` are two kernels each: softmax and what counts add (float64, few registers left for the row), then
+likelihood and gradient of every gene of a row in registers (float32), written where the logits were. The sums over
 cells (gradients of dispersion and biases) are kept per program and added up in a fixed order, so that a run gives the
 same weights each time; atomic additions would not.
 
 The sparse first layer is a row of the minibatch laid out densely (`dense_rows`), and torch's matrix product: on a GPU
-tensor cores are faster at that than adding weight rows up, by the model of `docs/speed.md`, and the gradient needs no
+tensor cores are faster at that than adding weight rows up, by the model of ``docs/speed.md``, and the gradient needs no
 atomic additions. The alternative, if a panel is so wide that the dense tile costs more than the weight rows of its
-non-zeros: one program per cell that adds up `weight_GH[gene] * value`.
+non-zeros: one program per cell that adds up ``weight_GH[gene] * value``.
+
+Triton's interpreter (``TRITON_INTERPRET=1`` before Triton is imported) runs all this on a CPU, for tests.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ MANTISSA = tl.constexpr(23)
 BIAS = tl.constexpr(127)
 PROGRAMS_PER_PROCESSOR = 2
 """Rows that one multiprocessor works on at a time."""
-GENES_PER_WARP = 512
+GENES_AT_COUNTS, GENES_AT_GENES = 512, 256
+"""Genes per warp in the two kernels: as many as ptxas finds registers for without spilling (4,000 genes, sm_90)."""
 LEAST_WARPS, MOST_WARPS = 4, 16
 THREADS_PER_WARP = 32
 PROGRAMS_INTERPRETED = 3
@@ -68,6 +71,12 @@ class _Scratch(NamedTuple):
     """What counts add to the gradient of a gene's logit, unscaled, until it can be added."""
     dzero_M: Tensor
     """Likewise for the zero inflation."""
+    greatest_N: Tensor
+    total_N: Tensor
+    """The softmax of a row is ``exp(logit - greatest) / total``."""
+    loglik_N: Tensor
+    sum_r_N: Tensor
+    """What counts add to the log likelihood and to the sum of r, in float64."""
     dtheta_PG: Tensor
     dbias_PG: Tensor
     dzero_bias_PG: Tensor
@@ -147,113 +156,111 @@ def _zeros(u, theta, pi, INFLATED: tl.constexpr):
 
 
 @triton.jit
-def _at_counts(n, row, part, softmax, cells, logits, theta_G, scratch, INFLATED: tl.constexpr, CHUNK: tl.constexpr):
-    """Log likelihood and sum of r that the counts of cell ``n`` add; their gradients go to ``scratch``."""
-    greatest, total = softmax
-    library = tl.load(cells.library_N + n)
-    end = tl.load(cells.indptr_N + n + 1)
-    loglik_sum, r_sum = tl.zeros([CHUNK], tl.float64), tl.zeros([CHUNK], tl.float64)
-    for start in range(tl.load(cells.indptr_N + n), end, CHUNK):
-        entry = start + tl.arange(0, CHUNK)
-        inside = entry < end
-        g = tl.load(cells.gene_M + entry, mask=inside, other=0)
-        x = tl.load(cells.count_M + entry, mask=inside, other=0.0).to(tl.float64)
-        live = inside & (x > 0)
-        theta32, logit = tl.load(theta_G + g), tl.load(logits[0] + row + g)
-        theta = theta32.to(tl.float64)
-        mu = tl.exp(logit.to(tl.float64) - greatest) / total * library
-        u = mu / (theta + EPS)
-        loglik, r, dtheta = _count_terms(x, theta, mu)
-        if INFLATED:
-            pi = tl.load(logits[1] + row + g).to(tl.float64)
-            more, more_r, more_dtheta, rest = _not_inflated(theta, u, pi)
-            loglik, r, dtheta = loglik + more, r + more_r, dtheta + more_dtheta
-            tl.store(scratch.dzero_M + entry, tl.where(live, rest, 0.0).to(tl.float32), mask=inside)
-        else:  # the term of a zero may be of the size of a great count and cancel: float64 for the float32 that stands
-            p = tl.exp(logit - greatest) * (1.0 / total)
-            loss, _, _, _ = _zeros(p * library / (theta32 + EPS), theta32, logit, False)
-            loglik -= theta * tl.log(1.0 + u) - loss.to(tl.float64)
-        loglik_sum += tl.where(live, loglik, 0.0)
-        r_sum += tl.where(live, r, 0.0)
-        tl.store(scratch.r_M + entry, tl.where(live, r, 0.0).to(tl.float32), mask=inside)
-        at = scratch.dtheta_PG + part + g
-        tl.store(at, tl.load(at, mask=live) - dtheta.to(tl.float32), mask=live)
-    return tl.sum(loglik_sum), tl.sum(r_sum)
+def _at_counts(logits, cells, theta_G, scratch, shape, INFLATED: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    """Softmax of each row, and what its counts add; each program takes every P-th row and has its own sums."""
+    n_genes, gene = shape[1], tl.arange(0, WIDTH)
+    part = tl.program_id(0).to(tl.int64) * n_genes
+    for n in range(tl.program_id(0), shape[0], tl.num_programs(0)):
+        row = tl.cast(n, tl.int64) * n_genes
+        logit_G = tl.load(logits[0] + row + gene, mask=gene < n_genes, other=float("-inf"))
+        greatest = tl.max(logit_G)
+        total = tl.sum(tl.exp(logit_G - greatest))
+        library, end = tl.load(cells.library_N + n), tl.load(cells.indptr_N + n + 1)
+        loglik_sum, r_sum = tl.zeros([CHUNK], tl.float64), tl.zeros([CHUNK], tl.float64)
+        for start in range(tl.load(cells.indptr_N + n), end, CHUNK):
+            entry = start + tl.arange(0, CHUNK)
+            x = tl.load(cells.count_M + entry, mask=entry < end, other=0.0).to(tl.float64)
+            g = tl.load(cells.gene_M + entry, mask=entry < end, other=0)
+            theta32, logit = tl.load(theta_G + g), tl.load(logits[0] + row + g)
+            theta = theta32.to(tl.float64)
+            mu = tl.exp(logit.to(tl.float64) - greatest) / total * library
+            loglik, r, dtheta = _count_terms(x, theta, mu)
+            if INFLATED:
+                pi = tl.load(logits[1] + row + g).to(tl.float64)
+                more, more_r, more_dtheta, rest = _not_inflated(theta, mu / (theta + EPS), pi)
+                loglik, r, dtheta = loglik + more, r + more_r, dtheta + more_dtheta
+                tl.store(scratch.dzero_M + entry, tl.where(x > 0, rest, 0.0).to(tl.float32), mask=entry < end)
+            else:  # a zero's term may be of the size of a great count and cancel: float64 in place of float32
+                p = tl.exp(logit - greatest) * (1.0 / total)
+                loss, _, _, _ = _zeros(p * library / (theta32 + EPS), theta32, logit, False)
+                loglik -= theta * tl.log(1.0 + mu / (theta + EPS)) - loss.to(tl.float64)
+            loglik_sum += tl.where(x > 0, loglik, 0.0)
+            r = tl.where(x > 0, r, 0.0)
+            r_sum += r
+            tl.store(scratch.r_M + entry, r.to(tl.float32), mask=entry < end)
+            _add(scratch.dtheta_PG + part + g, -dtheta.to(tl.float32), x > 0)
+        tl.store(scratch.greatest_N + n, greatest)
+        tl.store(scratch.total_N + n, total)
+        tl.store(scratch.loglik_N + n, tl.sum(loglik_sum))
+        tl.store(scratch.sum_r_N + n, tl.sum(r_sum))
+        tl.debug_barrier()  # the next row's genes are other threads' in the sums
 
 
 @triton.jit
-def _add_counts(n, row, part, scale, cells, logits, scratch, INFLATED: tl.constexpr, CHUNK: tl.constexpr):
-    """Add the gradients that `_at_counts` left in ``scratch`` to those of zeros."""
-    end = tl.load(cells.indptr_N + n + 1)
-    for start in range(tl.load(cells.indptr_N + n), end, CHUNK):
-        entry = start + tl.arange(0, CHUNK)
-        inside = entry < end
-        live = inside & (tl.load(cells.count_M + entry, mask=inside, other=0.0) > 0)
-        g = tl.load(cells.gene_M + entry, mask=inside, other=0)
-        dlogit = tl.load(scratch.r_M + entry, mask=live, other=0.0) * -scale
-        at, sum_at = logits[0] + row + g, scratch.dbias_PG + part + g
-        tl.store(at, tl.load(at, mask=live) + dlogit, mask=live)
-        tl.store(sum_at, tl.load(sum_at, mask=live) + dlogit, mask=live)
-        if INFLATED:
-            dzero = tl.load(scratch.dzero_M + entry, mask=live, other=0.0) * scale
-            at, sum_at = logits[1] + row + g, scratch.dzero_bias_PG + part + g
-            tl.store(at, tl.load(at, mask=live) + dzero, mask=live)
-            tl.store(sum_at, tl.load(sum_at, mask=live) + dzero, mask=live)
-
-
-@triton.jit
-def _add_row(sum_G, row_G, mask):
-    tl.store(sum_G, tl.load(sum_G, mask=mask, other=0.0) + row_G, mask=mask)
-
-
-@triton.jit
-def _rows(
+def _at_genes(
     logits,
     cells,
     theta_G,
-    scale,
     loss_N,
     scratch,
     shape,
+    scale,
     INFLATED: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Each program takes every P-th row. Barriers part what one thread writes from what another reads."""
-    program, n_cells, n_genes = tl.program_id(0), shape[0], shape[1]
-    part = program.to(tl.int64) * n_genes
-    gene = tl.arange(0, WIDTH)
+    """Loss of each row, and its gradient in place of its logits."""
+    n_genes, gene = shape[1], tl.arange(0, WIDTH)
     mask = gene < n_genes
+    part = tl.program_id(0).to(tl.int64) * n_genes
     theta = tl.load(theta_G + gene, mask=mask, other=1.0)
     dtheta_sum, dbias, dzero_bias = tl.zeros_like(theta), tl.zeros_like(theta), tl.zeros_like(theta)
-    for n in range(program, n_cells, tl.num_programs(0)):
+    for n in range(tl.program_id(0), shape[0], tl.num_programs(0)):
         row = tl.cast(n, tl.int64) * n_genes
         logit = tl.load(logits[0] + row + gene, mask=mask, other=float("-inf"))
-        pi = tl.load(logits[1] + row + gene, mask=mask, other=0.0) if INFLATED else tl.zeros_like(theta)
-        greatest = tl.max(logit)
-        p = tl.exp(logit - greatest)
-        total = tl.sum(p)
-        p *= 1.0 / total
+        pi = tl.load(logits[1] + row + gene, mask=mask, other=0.0) if INFLATED else logit
+        p = tl.exp(logit - tl.load(scratch.greatest_N + n)) * (1.0 / tl.load(scratch.total_N + n))
         u = p * tl.load(cells.library_N + n) / (theta + EPS)
         loss, r, dtheta, dzero = _zeros(u, theta, pi, INFLATED)
-        softmax = (greatest, total)
-        loglik, more_r = _at_counts(n, row, part, softmax, cells, logits, theta_G, scratch, INFLATED, CHUNK)
-        tl.store(loss_N + n, (tl.sum(loss.to(tl.float64)) - loglik).to(tl.float32))
+        tl.store(loss_N + n, (tl.sum(loss.to(tl.float64)) - tl.load(scratch.loglik_N + n)).to(tl.float32))
+        sum_r = (tl.sum(r).to(tl.float64) + tl.load(scratch.sum_r_N + n)).to(tl.float32)
+        dlogit = (p * sum_r - r) * scale
         dtheta_sum += dtheta
-        dlogit = (p * (tl.sum(r).to(tl.float64) + more_r).to(tl.float32) - r) * scale
-        dbias += tl.where(mask, dlogit, 0.0)
-        tl.debug_barrier()
+        dbias += dlogit
         tl.store(logits[0] + row + gene, dlogit, mask=mask)
         if INFLATED:
             dzero_bias += dzero * scale
             tl.store(logits[1] + row + gene, dzero * scale, mask=mask)
-        tl.debug_barrier()
+        tl.debug_barrier()  # counts are added to what other threads have written
         _add_counts(n, row, part, scale, cells, logits, scratch, INFLATED, CHUNK)
         tl.debug_barrier()
-    _add_row(scratch.dtheta_PG + part + gene, dtheta_sum, mask)
-    _add_row(scratch.dbias_PG + part + gene, dbias, mask)
+    _add(scratch.dtheta_PG + part + gene, dtheta_sum, mask)
+    _add(scratch.dbias_PG + part + gene, dbias, mask)
     if INFLATED:
-        _add_row(scratch.dzero_bias_PG + part + gene, dzero_bias, mask)
+        _add(scratch.dzero_bias_PG + part + gene, dzero_bias, mask)
+
+
+@triton.jit
+def _add_counts(n, row, part, scale, cells, logits, scratch, INFLATED: tl.constexpr, CHUNK: tl.constexpr):
+    """Add the gradients that `_at_counts` left in ``scratch`` to those of zeros, and to the sums over cells."""
+    end = tl.load(cells.indptr_N + n + 1)
+    for start in range(tl.load(cells.indptr_N + n), end, CHUNK):
+        entry = start + tl.arange(0, CHUNK)
+        mask = entry < end
+        g = tl.load(cells.gene_M + entry, mask=mask, other=0)
+        dlogit = tl.load(scratch.r_M + entry, mask=mask, other=0.0) * -scale
+        _add(logits[0] + row + g, dlogit, mask)
+        _add(scratch.dbias_PG + part + g, dlogit, mask)
+        if INFLATED:
+            dzero = tl.load(scratch.dzero_M + entry, mask=mask, other=0.0) * scale
+            _add(logits[1] + row + g, dzero, mask)
+            _add(scratch.dzero_bias_PG + part + g, dzero, mask)
+
+
+@triton.jit
+def _add(at, value, mask):
+    """Add in memory; not atomic, and no place may be named twice."""
+    tl.store(at, tl.load(at, mask=mask, other=0.0) + value, mask=mask)
 
 
 @triton.jit
@@ -284,26 +291,30 @@ def zinb(logits_NG: Tensor, zero_NG: Tensor, cells: Cells, theta_G: Tensor, scal
 def _launch(
     logits: tuple[Tensor, Tensor], cells: Cells, theta_G: Tensor, scale: float, sums: Sums, *, inflated: bool
 ) -> None:
-    shape = logits[0].shape
+    shape = tuple(logits[0].shape)
     n_programs = min(shape[0], _programs(theta_G.device))
-    r_M, parts = torch.empty_like(cells.count_M), theta_G.new_zeros(2 + inflated, n_programs, shape[1])
+    parts = theta_G.new_zeros(2 + inflated, n_programs, shape[1])
+    r_M = torch.empty_like(cells.count_M)
+    softmax, exact = theta_G.new_empty(2, shape[0]), theta_G.new_empty(2, shape[0], dtype=torch.float64)
     dzero_M = torch.empty_like(r_M) if inflated else r_M
-    scratch = _Scratch(r_M, dzero_M, parts[0], parts[1], parts[-1])
-    settings = launch_settings(shape[1])
-    _rows[(n_programs,)](
-        logits, cells, theta_G, scale, sums.loss_N, scratch, tuple(shape), INFLATED=inflated, **settings
-    )
+    scratch = _Scratch(r_M, dzero_M, *softmax, *exact, parts[0], parts[1], parts[-1])
+    more: dict[str, Any] = {"INFLATED": inflated}
+    rows = _at_counts[(n_programs,)]
+    rows(logits, cells, theta_G, scratch, shape, **more, **launch_settings(shape[1], GENES_AT_COUNTS))
+    rows = _at_genes[(n_programs,)]
+    more["scale"] = scale
+    rows(logits, cells, theta_G, sums.loss_N, scratch, shape, **more, **launch_settings(shape[1], GENES_AT_GENES))
     for total_G, part_PG in zip(sums[1:], parts, strict=False):
         total_G += part_PG.sum(0)
 
 
-def launch_settings(n_genes: int) -> dict[str, Any]:
-    """Sizes of blocks for rows of so many genes: a row at once, 16 genes per thread where that can be.
+def launch_settings(n_genes: int, genes_per_warp: int) -> dict[str, Any]:
+    """Sizes of blocks for a row of so many genes at once.
 
-    No fused multiply-add: a term taken twice (`_at_counts`) must come out the same.
+    No fused multiply-add: a term of a zero that is taken twice (`_at_counts`) must come out the same.
     """
     width = triton.next_power_of_2(n_genes)
-    warps = min(max(width // GENES_PER_WARP, LEAST_WARPS), MOST_WARPS)
+    warps = min(max(width // genes_per_warp, LEAST_WARPS), MOST_WARPS)
     return {"WIDTH": width, "CHUNK": warps * THREADS_PER_WARP, "num_warps": warps, "enable_fp_fusion": False}
 
 
@@ -311,6 +322,22 @@ def _programs(device: torch.device) -> int:
     if device.type != "cuda":
         return PROGRAMS_INTERPRETED
     return PROGRAMS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def to_gradients(
+    logits: list[Tensor], counts: CountsCSR, library_N: Tensor, theta_G: Tensor
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Turn the logits (of expression, and of zero inflation for ZINB) into gradients of the mean loss.
+
+    Returns
+    -------
+    Loss of each cell, gradient of the summed loss in theta, and gradients of the mean loss in the biases of the logits.
+    """
+    loss_N, sums = torch.empty_like(library_N), theta_G.new_zeros(3, len(theta_G))
+    cells = Cells(counts.indptr_N, counts.gene_M, counts.count_M, library_N)
+    kernel: Any = nb if len(logits) == 1 else zinb
+    kernel(*logits, cells, theta_G, 1 / len(loss_N), Sums(loss_N, *sums))
+    return loss_N, sums[0], list(sums[1 : 1 + len(logits)])
 
 
 def dense_rows(counts: CountsCSR, value_M: Tensor, dtype: torch.dtype) -> Tensor:
