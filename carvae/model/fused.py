@@ -26,7 +26,6 @@ from torch.nn import functional
 
 from carvae.data.sparse import CountsCSR
 
-
 MOST_GENES_ON_GPU = 16_384
 """A GPU keeps a row in registers; wider rows would spill."""
 

@@ -64,22 +64,29 @@ class Sums(NamedTuple):
     dzero_bias_G: Tensor
 
 
-class _Scratch(NamedTuple):
-    """Memory that a kernel needs besides."""
+class _Task(NamedTuple):
+    """All that the kernels read and write. One struct of pointers, as Triton takes it."""
 
-    r_M: Tensor
+    logits: Any
+    zero: Any
+    """Logits of the zero inflation; without it the logits again, not touched."""
+    cells: Cells
+    theta_G: Any
+    loss_N: Any
+    scale: float
+    r_M: Any
     """What counts add to the gradient of a gene's logit, unscaled, until it can be added."""
-    dzero_M: Tensor
+    dzero_M: Any
     """Likewise for the zero inflation."""
-    greatest_N: Tensor
-    total_N: Tensor
+    greatest_N: Any
+    total_N: Any
     """The softmax of a row is ``exp(logit - greatest) / total``."""
-    loglik_N: Tensor
-    sum_r_N: Tensor
+    loglik_N: Any
+    sum_r_N: Any
     """What counts add to the log likelihood and to the sum of r, in float64."""
-    dtheta_PG: Tensor
-    dbias_PG: Tensor
-    dzero_bias_PG: Tensor
+    dtheta_PG: Any
+    dbias_PG: Any
+    dzero_bias_PG: Any
 
 
 @triton.jit
@@ -156,13 +163,13 @@ def _zeros(u, theta, pi, INFLATED: tl.constexpr):
 
 
 @triton.jit
-def _at_counts(logits, cells, theta_G, scratch, shape, INFLATED: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+def _at_counts(task, n_cells, n_genes, INFLATED: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
     """Softmax of each row, and what its counts add; each program takes every P-th row and has its own sums."""
-    n_genes, gene = shape[1], tl.arange(0, WIDTH)
-    part = tl.program_id(0).to(tl.int64) * n_genes
-    for n in range(tl.program_id(0), shape[0], tl.num_programs(0)):
+    cells, gene = task.cells, tl.arange(0, WIDTH)
+    dtheta_G = task.dtheta_PG + tl.program_id(0).to(tl.int64) * n_genes
+    for n in range(tl.program_id(0), n_cells, tl.num_programs(0)):
         row = tl.cast(n, tl.int64) * n_genes
-        logit_G = tl.load(logits[0] + row + gene, mask=gene < n_genes, other=float("-inf"))
+        logit_G = tl.load(task.logits + row + gene, mask=gene < n_genes, other=float("-inf"))
         greatest = tl.max(logit_G)
         total = tl.sum(tl.exp(logit_G - greatest))
         library, end = tl.load(cells.library_N + n), tl.load(cells.indptr_N + n + 1)
@@ -171,15 +178,15 @@ def _at_counts(logits, cells, theta_G, scratch, shape, INFLATED: tl.constexpr, W
             entry = start + tl.arange(0, CHUNK)
             x = tl.load(cells.count_M + entry, mask=entry < end, other=0.0).to(tl.float64)
             g = tl.load(cells.gene_M + entry, mask=entry < end, other=0)
-            theta32, logit = tl.load(theta_G + g), tl.load(logits[0] + row + g)
+            theta32, logit = tl.load(task.theta_G + g), tl.load(task.logits + row + g)
             theta = theta32.to(tl.float64)
             mu = tl.exp(logit.to(tl.float64) - greatest) / total * library
             loglik, r, dtheta = _count_terms(x, theta, mu)
             if INFLATED:
-                pi = tl.load(logits[1] + row + g).to(tl.float64)
+                pi = tl.load(task.zero + row + g).to(tl.float64)
                 more, more_r, more_dtheta, rest = _not_inflated(theta, mu / (theta + EPS), pi)
                 loglik, r, dtheta = loglik + more, r + more_r, dtheta + more_dtheta
-                tl.store(scratch.dzero_M + entry, tl.where(x > 0, rest, 0.0).to(tl.float32), mask=entry < end)
+                tl.store(task.dzero_M + entry, tl.where(x > 0, rest, 0.0).to(tl.float32), mask=entry < end)
             else:  # a zero's term may be of the size of a great count and cancel: float64 in place of float32
                 p = tl.exp(logit - greatest) * (1.0 / total)
                 loss, _, _, _ = _zeros(p * library / (theta32 + EPS), theta32, logit, False)
@@ -187,74 +194,63 @@ def _at_counts(logits, cells, theta_G, scratch, shape, INFLATED: tl.constexpr, W
             loglik_sum += tl.where(x > 0, loglik, 0.0)
             r = tl.where(x > 0, r, 0.0)
             r_sum += r
-            tl.store(scratch.r_M + entry, r.to(tl.float32), mask=entry < end)
-            _add(scratch.dtheta_PG + part + g, -dtheta.to(tl.float32), x > 0)
-        tl.store(scratch.greatest_N + n, greatest)
-        tl.store(scratch.total_N + n, total)
-        tl.store(scratch.loglik_N + n, tl.sum(loglik_sum))
-        tl.store(scratch.sum_r_N + n, tl.sum(r_sum))
+            tl.store(task.r_M + entry, r.to(tl.float32), mask=entry < end)
+            _add(dtheta_G + g, -dtheta.to(tl.float32), x > 0)
+        tl.store(task.greatest_N + n, greatest)
+        tl.store(task.total_N + n, total)
+        tl.store(task.loglik_N + n, tl.sum(loglik_sum))
+        tl.store(task.sum_r_N + n, tl.sum(r_sum))
         tl.debug_barrier()  # the next row's genes are other threads' in the sums
 
 
 @triton.jit
-def _at_genes(
-    logits,
-    cells,
-    theta_G,
-    loss_N,
-    scratch,
-    shape,
-    scale,
-    INFLATED: tl.constexpr,
-    WIDTH: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+def _at_genes(task, n_cells, n_genes, INFLATED: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
     """Loss of each row, and its gradient in place of its logits."""
-    n_genes, gene = shape[1], tl.arange(0, WIDTH)
+    gene = tl.arange(0, WIDTH)
     mask = gene < n_genes
     part = tl.program_id(0).to(tl.int64) * n_genes
-    theta = tl.load(theta_G + gene, mask=mask, other=1.0)
+    theta = tl.load(task.theta_G + gene, mask=mask, other=1.0)
     dtheta_sum, dbias, dzero_bias = tl.zeros_like(theta), tl.zeros_like(theta), tl.zeros_like(theta)
-    for n in range(tl.program_id(0), shape[0], tl.num_programs(0)):
+    for n in range(tl.program_id(0), n_cells, tl.num_programs(0)):
         row = tl.cast(n, tl.int64) * n_genes
-        logit = tl.load(logits[0] + row + gene, mask=mask, other=float("-inf"))
-        pi = tl.load(logits[1] + row + gene, mask=mask, other=0.0) if INFLATED else logit
-        p = tl.exp(logit - tl.load(scratch.greatest_N + n)) * (1.0 / tl.load(scratch.total_N + n))
-        u = p * tl.load(cells.library_N + n) / (theta + EPS)
+        logit = tl.load(task.logits + row + gene, mask=mask, other=float("-inf"))
+        pi = tl.load(task.zero + row + gene, mask=mask, other=0.0) if INFLATED else logit
+        p = tl.exp(logit - tl.load(task.greatest_N + n)) * (1.0 / tl.load(task.total_N + n))
+        u = p * tl.load(task.cells.library_N + n) / (theta + EPS)
         loss, r, dtheta, dzero = _zeros(u, theta, pi, INFLATED)
-        tl.store(loss_N + n, (tl.sum(loss.to(tl.float64)) - tl.load(scratch.loglik_N + n)).to(tl.float32))
-        sum_r = (tl.sum(r).to(tl.float64) + tl.load(scratch.sum_r_N + n)).to(tl.float32)
-        dlogit = (p * sum_r - r) * scale
+        tl.store(task.loss_N + n, (tl.sum(loss.to(tl.float64)) - tl.load(task.loglik_N + n)).to(tl.float32))
+        sum_r = (tl.sum(r).to(tl.float64) + tl.load(task.sum_r_N + n)).to(tl.float32)
+        dlogit = (p * sum_r - r) * task.scale
         dtheta_sum += dtheta
         dbias += dlogit
-        tl.store(logits[0] + row + gene, dlogit, mask=mask)
+        tl.store(task.logits + row + gene, dlogit, mask=mask)
         if INFLATED:
-            dzero_bias += dzero * scale
-            tl.store(logits[1] + row + gene, dzero * scale, mask=mask)
+            dzero_bias += dzero * task.scale
+            tl.store(task.zero + row + gene, dzero * task.scale, mask=mask)
         tl.debug_barrier()  # counts are added to what other threads have written
-        _add_counts(n, row, part, scale, cells, logits, scratch, INFLATED, CHUNK)
+        _add_counts(task, n, row, part, INFLATED, CHUNK)
         tl.debug_barrier()
-    _add(scratch.dtheta_PG + part + gene, dtheta_sum, mask)
-    _add(scratch.dbias_PG + part + gene, dbias, mask)
+    _add(task.dtheta_PG + part + gene, dtheta_sum, mask)
+    _add(task.dbias_PG + part + gene, dbias, mask)
     if INFLATED:
-        _add(scratch.dzero_bias_PG + part + gene, dzero_bias, mask)
+        _add(task.dzero_bias_PG + part + gene, dzero_bias, mask)
 
 
 @triton.jit
-def _add_counts(n, row, part, scale, cells, logits, scratch, INFLATED: tl.constexpr, CHUNK: tl.constexpr):
-    """Add the gradients that `_at_counts` left in ``scratch`` to those of zeros, and to the sums over cells."""
-    end = tl.load(cells.indptr_N + n + 1)
-    for start in range(tl.load(cells.indptr_N + n), end, CHUNK):
+def _add_counts(task, n, row, part, INFLATED: tl.constexpr, CHUNK: tl.constexpr):
+    """Add the gradients that `_at_counts` laid aside to those of zeros, and to the sums over cells."""
+    end = tl.load(task.cells.indptr_N + n + 1)
+    for start in range(tl.load(task.cells.indptr_N + n), end, CHUNK):
         entry = start + tl.arange(0, CHUNK)
         mask = entry < end
-        g = tl.load(cells.gene_M + entry, mask=mask, other=0)
-        dlogit = tl.load(scratch.r_M + entry, mask=mask, other=0.0) * -scale
-        _add(logits[0] + row + g, dlogit, mask)
-        _add(scratch.dbias_PG + part + g, dlogit, mask)
+        g = tl.load(task.cells.gene_M + entry, mask=mask, other=0)
+        dlogit = tl.load(task.r_M + entry, mask=mask, other=0.0) * -task.scale
+        _add(task.logits + row + g, dlogit, mask)
+        _add(task.dbias_PG + part + g, dlogit, mask)
         if INFLATED:
-            dzero = tl.load(scratch.dzero_M + entry, mask=mask, other=0.0) * scale
-            _add(logits[1] + row + g, dzero, mask)
-            _add(scratch.dzero_bias_PG + part + g, dzero, mask)
+            dzero = tl.load(task.dzero_M + entry, mask=mask, other=0.0) * task.scale
+            _add(task.zero + row + g, dzero, mask)
+            _add(task.dzero_bias_PG + part + g, dzero, mask)
 
 
 @triton.jit
@@ -280,32 +276,27 @@ def _dense_rows(indptr_N, gene_M, value_M, dense_NG, n_genes, WIDTH: tl.constexp
 
 def nb(logits_NG: Tensor, cells: Cells, theta_G: Tensor, scale: float, sums: Sums) -> None:
     """-log NB of each cell; ``logits_NG`` becomes its gradient times ``scale``."""
-    _launch((logits_NG, logits_NG), cells, theta_G, scale, sums, inflated=False)
+    _launch([logits_NG], cells, theta_G, scale, sums)
 
 
 def zinb(logits_NG: Tensor, zero_NG: Tensor, cells: Cells, theta_G: Tensor, scale: float, sums: Sums) -> None:
     """-log ZINB of each cell; as `nb`, and ``zero_NG`` becomes the gradient in the zero inflation's logits."""
-    _launch((logits_NG, zero_NG), cells, theta_G, scale, sums, inflated=True)
+    _launch([logits_NG, zero_NG], cells, theta_G, scale, sums)
 
 
-def _launch(
-    logits: tuple[Tensor, Tensor], cells: Cells, theta_G: Tensor, scale: float, sums: Sums, *, inflated: bool
-) -> None:
-    shape = tuple(logits[0].shape)
-    n_programs = min(shape[0], _programs(theta_G.device))
-    parts = theta_G.new_zeros(2 + inflated, n_programs, shape[1])
-    r_M = torch.empty_like(cells.count_M)
-    softmax, exact = theta_G.new_empty(2, shape[0]), theta_G.new_empty(2, shape[0], dtype=torch.float64)
-    dzero_M = torch.empty_like(r_M) if inflated else r_M
-    scratch = _Scratch(r_M, dzero_M, *softmax, *exact, parts[0], parts[1], parts[-1])
-    more: dict[str, Any] = {"INFLATED": inflated}
-    rows = _at_counts[(n_programs,)]
-    rows(logits, cells, theta_G, scratch, shape, **more, **launch_settings(shape[1], GENES_AT_COUNTS))
-    rows = _at_genes[(n_programs,)]
-    more["scale"] = scale
-    rows(logits, cells, theta_G, sums.loss_N, scratch, shape, **more, **launch_settings(shape[1], GENES_AT_GENES))
+def _launch(logits: list[Tensor], cells: Cells, theta_G: Tensor, scale: float, sums: Sums) -> None:
+    (n_cells, n_genes), n = logits[0].shape, len(logits)
+    n_programs = min(n_cells, _programs(theta_G.device))
+    parts = theta_G.new_zeros(1 + n, n_programs, n_genes)
+    at_counts = [torch.empty_like(cells.count_M) for _ in logits]
+    softmax, exact = theta_G.new_empty(2, n_cells), theta_G.new_empty(2, n_cells, dtype=torch.float64)
+    memory = at_counts[0], at_counts[-1], *softmax, *exact, parts[0], parts[1], parts[-1]
+    task = _Task(logits[0], logits[-1], cells, theta_G, sums.loss_N, scale, *memory)
+    for kernel, genes_per_warp in ((_at_counts, GENES_AT_COUNTS), (_at_genes, GENES_AT_GENES)):
+        settings = launch_settings(n_genes, genes_per_warp)
+        kernel[(n_programs,)](task, n_cells, n_genes, INFLATED=n > 1, **settings)
     for total_G, part_PG in zip(sums[1:], parts, strict=False):
-        total_G += part_PG.sum(0)
+        total_G.add_(part_PG.sum(0))
 
 
 def launch_settings(n_genes: int, genes_per_warp: int) -> dict[str, Any]:
