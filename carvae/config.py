@@ -150,6 +150,8 @@ class TrainConfig(Section):
     """Arithmetic of the matrix products."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """Device; ``auto`` takes CUDA when present."""
+    cuda_graph: bool = True
+    """On CUDA: record a training step once and replay it, which costs the host next to nothing."""
     threads: int = Field(1, ge=0)
     """CPU threads of torch; 0 leaves torch's own choice. Two threads on a busy machine can be slower."""
     wandb: Literal["offline", "online", "disabled"] = "offline"

@@ -42,15 +42,20 @@ class CountsCSR:
         return self.indptr_N.numel() - 1
 
     def cell_M(self) -> Tensor:
-        """Cell of each entry, int64 [M]."""
-        return torch.repeat_interleave(self.indptr_N.diff(), output_size=self.gene_M.numel())
+        """Cell of each entry, int64 [M]. Entries after the last cell's (see `cuda_graph`) are given to it."""
+        n_entries = self.gene_M.numel()
+        size_N = self.indptr_N.diff(append=self.indptr_N.new_full((1,), n_entries))
+        return torch.repeat_interleave(size_N, output_size=n_entries).clamp_(max=self.n_cells - 1)
 
     def library_N(self) -> Tensor:
         """Observed counts per cell, float [N]."""
         return torch.segment_reduce(self.count_M, "sum", offsets=self.indptr_N, initial=0)
 
-    def rows(self, rows_N: Tensor) -> CountsCSR:
-        """The given cells, in the given order."""
+    def rows(self, rows_N: Tensor, n_entries: int | None = None) -> CountsCSR:
+        """The given cells, in the given order.
+
+        With ``n_entries``, how many entries they have together, nothing is read back from a GPU.
+        """
         first_N = self.indptr_N[rows_N]
         size_N = self.indptr_N[rows_N + 1] - first_N
         indptr_N = torch.zeros(rows_N.numel() + 1, dtype=torch.int64, device=rows_N.device)
@@ -61,7 +66,7 @@ class CountsCSR:
             genes = np.concatenate([gene_M[row] for row in rows])
             counts = np.concatenate([count_M[row] for row in rows])
             return CountsCSR(indptr_N, torch.from_numpy(genes), torch.from_numpy(counts), self.n_genes)
-        n = int(indptr_N[-1])
+        n = int(indptr_N[-1]) if n_entries is None else n_entries
         entry_M = torch.repeat_interleave(first_N - indptr_N[:-1], size_N, output_size=n)
         entry_M += torch.arange(n, device=rows_N.device)
         return CountsCSR(indptr_N, self.gene_M[entry_M], self.count_M[entry_M], self.n_genes)

@@ -21,6 +21,7 @@ from carvae.data.loader import CellData, Chunks, Minibatch, MinibatchLoader, Thi
 from carvae.data.split import PatientSplit
 from carvae.errors import TrainError
 from carvae.model.cohort import Cohort
+from carvae.model.cuda_graph import GraphedStep
 from carvae.model.heads import label_loss
 from carvae.model.metrics import AxisScores, score_axis
 from carvae.model.network import Network
@@ -64,6 +65,8 @@ class Objective(lightning.LightningModule):
             self.register_buffer(f"allowed_{a}", allowed_LS, persistent=False)
         train = config.train
         self.thin = Thinning(train.thinning, train.min_depth, train.gene_dropout, train.max_gene_dropout)
+        self.register_buffer("kl_weight", torch.zeros(()), persistent=False)  # on the device, where a graph reads it
+        self._graphed: GraphedStep | None = None
         self.scores: dict[str, AxisScores] = {}
         self._sums: dict[str, Tensor] = {}
         self._val_loss: float | None = None
@@ -82,17 +85,25 @@ class Objective(lightning.LightningModule):
 
     def training_step(self, batches: list[Minibatch], batch_idx: int) -> None:
         """Some optimiser steps; what the encoder sees is thinned, what the decoder explains is not."""
-        optimizer: Any = self.optimizers()
         schedule: Any = self.lr_schedulers()
+        if self._graphs and self._graphed is None:
+            self._graphed = GraphedStep(self._optimise, self.config.train.batch_size, self._most_entries())
         for batch in batches:
-            seed_step(self.config.seed, self.global_step, self.device)
-            kl_weight = self.config.train.kl_weight_at((self.global_step + 1) / self.n_steps)  # full even for one step
-            loss, parts = self._loss(batch, self.thin, kl_weight)
-            optimizer.zero_grad()
-            self.manual_backward(loss)
-            optimizer.step()
+            done = self.global_step
+            seed_step(self.config.seed, done, self.device)
+            kl_weight = self.config.train.kl_weight_at((done + 1) / self.n_steps)  # full even for one step
+            self.get_buffer("kl_weight").fill_(kl_weight)
+            if self._graphed is None:
+                self._accumulate(self._optimise(batch), batch)
+            else:
+                self._graphed(batch)
+            if self.global_step == done:  # replayed: Lightning has not seen it
+                progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+                progress.increment_ready()
+                progress.increment_completed()
             schedule.step()
-            self._accumulate(parts | {"train_loss": loss}, batch)
+        for name, value in ({} if self._graphed is None else self._graphed.take_sums()).items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch's means; stop where training has diverged."""
@@ -134,10 +145,12 @@ class Objective(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Adam with a cosine schedule; eps at 1e-8, since gradients of rare genes are smaller than scvi's 0.01."""
-        train = self.config.train
+        train, graphs = self.config.train, self._graphs
+        lr = torch.tensor(train.lr, device=self.device) if graphs else train.lr  # a graph reads a tensor each time
         optimizer = torch.optim.Adam(
-            self.network.parameters(), lr=train.lr, eps=1e-8, weight_decay=train.weight_decay, fused=True
+            self.network.parameters(), lr, eps=1e-8, weight_decay=train.weight_decay, fused=True, capturable=graphs
         )
+        optimizer._warned_capturable_if_run_uncaptured = True  # small minibatches and the first steps are not recorded
 
         def factor(step: int) -> float:
             done = min(step / self.n_steps, 1.0)
@@ -146,7 +159,14 @@ class Objective(lightning.LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _loss(self, batch: Minibatch, thin: Thinning | None, kl_weight: float) -> tuple[Tensor, dict[str, Tensor]]:
+    @property
+    def _graphs(self) -> bool:
+        """Whether steps are replayed from a CUDA graph."""
+        return self.device.type == "cuda" and self.config.train.cuda_graph
+
+    def _loss(
+        self, batch: Minibatch, thin: Thinning | None, kl_weight: float | Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         posterior = self.network.vae.encoder(batch.counts if thin is None else thin(batch.counts))
         z_NK = posterior.mean_NK if thin is None else posterior.sample()
         elbo = self.network.vae.elbo(batch.counts, posterior, z_NK, batch.covariate_NC, batch.unmeasured_NG)
@@ -157,6 +177,20 @@ class Objective(lightning.LightningModule):
             parts[f"label_{axis}"] = label_loss(log_probability_NS, *labels)
             loss = loss + self.config.train.label_weight * parts[f"label_{axis}"]
         return loss, parts
+
+    def _optimise(self, batch: Minibatch) -> dict[str, Tensor]:
+        """One optimiser step; returns the terms of the loss."""
+        optimizer: Any = self.optimizers()
+        loss, parts = self._loss(batch, self.thin, self.get_buffer("kl_weight"))
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        return parts | {"train_loss": loss}
+
+    def _most_entries(self) -> int:
+        """Non-zero counts of a minibatch, at most: those of the cells that have most."""
+        size_N = self.data.counts.indptr_N.diff()
+        return int(size_N.topk(min(self.config.train.batch_size, len(size_N))).values.sum())
 
     def _accumulate(self, parts: dict[str, Tensor], batch: Minibatch) -> None:
         """Sum over cells on the device; nothing is read back before the epoch ends."""

@@ -52,7 +52,7 @@ class Elbo:
     """Each cell's, for reading: it carries no gradient."""
     kl_N: Tensor
 
-    def loss(self, kl_weight: float = 1.0) -> Tensor:
+    def loss(self, kl_weight: float | Tensor = 1.0) -> Tensor:
         """Mean negative ELBO with a weight on the KL term."""
         return self.reconstruction + kl_weight * self.kl_N.mean()
 
