@@ -48,7 +48,8 @@ def simulated(n_cells: int, n_genes: int, seed: int = 0) -> ad.AnnData:
         blocks.append(sp.csr_matrix(rng.poisson(rng.gamma(2.0, mean / 2.0)).astype(np.float32)))
     sample = pd.Categorical(rng.integers(0, 4, n_cells).astype(str))
     obs = pd.DataFrame({"sample": sample, "patient": sample}, index=[f"cell{i}" for i in range(n_cells)])
-    return ad.AnnData(sp.vstack(blocks, format="csr"), obs, pd.DataFrame(index=[f"gene{i}" for i in range(n_genes)]))
+    genes = sorted(GeneTable.default().symbols)[:n_genes]  # names that ingest knows
+    return ad.AnnData(sp.vstack(blocks, format="csr"), obs, pd.DataFrame(index=genes))
 
 
 def cohort_of(adata: ad.AnnData, config: Config, folder: Path) -> Cohort:

@@ -24,7 +24,8 @@ from carvae.data.sparse import CountsCSR
 from carvae.model import fused
 
 triton = pytest.importorskip("triton")
-tl = triton.language
+import triton.language as tl  # noqa: E402
+
 INTERPRETED = triton.knobs.runtime.interpret
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("a driver, but no CUDA device that torch finds", allow_module_level=True)
@@ -171,7 +172,7 @@ def test_a_row_wider_than_a_block_is_laid_out_densely() -> None:
     assert np.array_equal(dense_NG.float().cpu().numpy(), counts.to_scipy().toarray())
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _gammas(z, product, series, digamma, n: tl.constexpr):  # type: ignore[no-untyped-def]
     i = tl.arange(0, n)
     of_product, of_series, of_digamma = kernels._gamma(tl.load(z + i))

@@ -118,10 +118,9 @@ class GraphedStep:
         return dict(zip(self._names, sums.unbind(), strict=True))
 
     def _take(self, batch: Minibatch) -> None:
-        parts = dict(self.step(batch))
-        values = torch.stack(
-            [*(value.detach() for value in parts.values()), torch.ones_like(next(iter(parts.values())))]
-        )
+        parts = {name: value.detach() for name, value in self.step(batch).items()}
+        parts["n"] = torch.ones_like(next(iter(parts.values())))
+        values = torch.stack([*parts.values()])
         if self._sums is None:
             self._names, self._sums = tuple(parts), torch.zeros_like(values)
         self._sums.add_(values, alpha=batch.counts.n_cells)
