@@ -49,7 +49,7 @@ class CountsCSR:
 
     def library_N(self) -> Tensor:
         """Observed counts per cell, float [N]."""
-        return torch.segment_reduce(self.count_M, "sum", offsets=self.indptr_N, initial=0)
+        return torch.segment_reduce(self.count_M, "sum", offsets=self.indptr_N, initial=0, unsafe=True)
 
     def rows(self, rows_N: Tensor, n_entries: int | None = None) -> CountsCSR:
         """The given cells, in the given order.

@@ -105,7 +105,7 @@ class GraphedStep:
         else:
             if self._graph is None:
                 self._graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self._graph):  # records; computes nothing
+                with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # others may read data meanwhile
                     self._take(self._static.batch)
             self._graph.replay()
 

@@ -83,11 +83,20 @@ class Objective(lightning.LightningModule):
         rows = self.split.validation
         return MinibatchLoader(self.data, rows, max(1024, self.config.train.batch_size)) if rows.size else []
 
+    def on_train_start(self) -> None:
+        """Make the optimiser, after a checkpoint was read, one that a graph can record: it reads a tensor each time."""
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        graphs = self.device.type == "cuda" and self.config.train.cuda_graph
+        for group in optimizer.param_groups:
+            group["capturable"] = graphs
+            group["lr"] = torch.as_tensor(group["lr"], device=self.device) if graphs else float(group["lr"])
+        optimizer._warned_capturable_if_run_uncaptured = True  # the first steps and small minibatches are not recorded
+        size = self.config.train.batch_size
+        self._graphed = GraphedStep(self._optimise, size, self._most_entries()) if graphs else None
+
     def training_step(self, batches: list[Minibatch], batch_idx: int) -> None:
         """Some optimiser steps; what the encoder sees is thinned, what the decoder explains is not."""
         schedule: Any = self.lr_schedulers()
-        if self._graphs and self._graphed is None:
-            self._graphed = GraphedStep(self._optimise, self.config.train.batch_size, self._most_entries())
         for batch in batches:
             done = self.global_step
             seed_step(self.config.seed, done, self.device)
@@ -145,12 +154,10 @@ class Objective(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Adam with a cosine schedule; eps at 1e-8, since gradients of rare genes are smaller than scvi's 0.01."""
-        train, graphs = self.config.train, self._graphs
-        lr = torch.tensor(train.lr, device=self.device) if graphs else train.lr  # a graph reads a tensor each time
+        train = self.config.train
         optimizer = torch.optim.Adam(
-            self.network.parameters(), lr, eps=1e-8, weight_decay=train.weight_decay, fused=True, capturable=graphs
+            self.network.parameters(), lr=train.lr, eps=1e-8, weight_decay=train.weight_decay, fused=True
         )
-        optimizer._warned_capturable_if_run_uncaptured = True  # small minibatches and the first steps are not recorded
 
         def factor(step: int) -> float:
             done = min(step / self.n_steps, 1.0)
@@ -158,11 +165,6 @@ class Objective(lightning.LightningModule):
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    @property
-    def _graphs(self) -> bool:
-        """Whether steps are replayed from a CUDA graph."""
-        return self.device.type == "cuda" and self.config.train.cuda_graph
 
     def _loss(
         self, batch: Minibatch, thin: Thinning | None, kl_weight: float | Tensor

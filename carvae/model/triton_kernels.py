@@ -162,7 +162,7 @@ def _zeros(u, theta, pi, INFLATED: tl.constexpr):
     return loss, -theta * share * sigmoid, sigmoid * (log1p - share), dzero
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_cells"])  # the last minibatch of an epoch is smaller
 def _at_counts(task, n_cells, n_genes, INFLATED: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
     """Softmax of each row, and what its counts add; each program takes every P-th row and has its own sums."""
     cells, gene = task.cells, tl.arange(0, WIDTH)
@@ -203,7 +203,7 @@ def _at_counts(task, n_cells, n_genes, INFLATED: tl.constexpr, WIDTH: tl.constex
         tl.debug_barrier()  # the next row's genes are other threads' in the sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_cells"])
 def _at_genes(task, n_cells, n_genes, INFLATED: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
     """Loss of each row, and its gradient in place of its logits."""
     gene = tl.arange(0, WIDTH)
@@ -259,7 +259,7 @@ def _add(at, value, mask):
     tl.store(at, tl.load(at, mask=mask, other=0.0) + value, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["indptr_N", "gene_M", "value_M"])  # parts of larger tensors
 def _dense_rows(indptr_N, gene_M, value_M, dense_NG, n_genes, WIDTH: tl.constexpr):
     n, lane = tl.program_id(0), tl.arange(0, WIDTH)
     row_G = dense_NG + n.to(tl.int64) * n_genes
@@ -295,8 +295,7 @@ def _launch(logits: list[Tensor], cells: Cells, theta_G: Tensor, scale: float, s
     for kernel, genes_per_warp in ((_at_counts, GENES_AT_COUNTS), (_at_genes, GENES_AT_GENES)):
         settings = launch_settings(n_genes, genes_per_warp)
         kernel[(n_programs,)](task, n_cells, n_genes, INFLATED=n > 1, **settings)
-    for total_G, part_PG in zip(sums[1:], parts, strict=False):
-        total_G.add_(part_PG.sum(0))
+    torch._foreach_add_(list(sums[1 : 2 + n]), list(parts.sum(1)))
 
 
 def launch_settings(n_genes: int, genes_per_warp: int) -> dict[str, Any]:
