@@ -39,8 +39,8 @@ def through_triton() -> AbstractContextManager[Any]:
     if not INTERPRETED:
         return nullcontext()
 
-    def gradients(logits: list[Tensor], target: fused.Target, theta_G: Tensor) -> Any:
-        return kernels.to_gradients(logits, target.counts, target.library_N, theta_G)
+    def gradients(logits: list[Tensor], biases: list[Tensor], target: fused.Target, theta_G: Tensor) -> Any:
+        return kernels.to_gradients(logits, biases, target.counts, target.library_N, theta_G)
 
     return mock.patch.object(fused, "_to_gradients", gradients)
 
@@ -137,6 +137,24 @@ def test_a_count_thinned_to_zero_is_a_zero() -> None:
     assert_close(found(ends, stored), found(ends, CountsCSR.from_scipy(matrix)), {}, 1e-6)
 
 
+@zinb_too
+def test_logits_may_lack_their_bias_and_be_in_bfloat16(inflated: bool) -> None:
+    torch.manual_seed(0)
+    counts = minibatch(4, 40, 0.3, 20, 0).to(DEVICE)
+    logits = [torch.randn(4, 40, device=DEVICE).bfloat16() for _ in range(1 + inflated)]
+    biases, theta_G = [torch.randn(40, device=DEVICE) for _ in logits], torch.rand(40, device=DEVICE) + 0.1
+    library_N = counts.library_N()
+    whole = [x.float() + bias for x, bias in zip(logits, biases, strict=True)]
+    nothing = [torch.zeros_like(bias) for bias in biases]
+    loss_N, dtheta_G, dbiases = kernels.to_gradients(logits, biases, counts, library_N, theta_G)
+    exact_N, exact_G, exact_biases = kernels.to_gradients(whole, nothing, counts, library_N, theta_G)
+    torch.testing.assert_close(loss_N, exact_N, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(dtheta_G, exact_G)
+    for found_G, right_G, rounded, right in zip(dbiases, exact_biases, logits, whole, strict=True):
+        torch.testing.assert_close(found_G, right_G, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(rounded.float(), right, rtol=1e-2, atol=1e-2 * float(right.abs().max()))
+
+
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_a_nan_is_seen_in_the_loss() -> None:
     torch.manual_seed(0)
@@ -200,7 +218,7 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path: Any) -> None:
         F, D = "*fp32", "*fp64"
         cells = kernels.Cells("*i64", "*i32", F, F)
         types = {
-            "task": kernels._Task(F, F, cells, F, F, "fp32", F, F, F, F, D, D, F, F, F), "n_cells": "i32",
+            "task": kernels._Task(F, F, F, F, cells, F, F, "fp32", F, F, F, F, D, D, F, F, F), "n_cells": "i32",
             "indptr_N": "*i64", "gene_M": "*i32", "value_M": F, "dense_NG": "*bf16", "n_genes": "i32",
         }
         known = {"INFLATED": True, "WIDTH": 1024, "CHUNK": 128}
@@ -233,3 +251,15 @@ def test_a_gpu_gives_the_same_bits_each_time(inflated: bool) -> None:
     first, second = found(ends, counts), found(ends, counts)
     assert all(torch.equal(second[name], value) for name, value in first.items())
     assert_close(first, exact(ends, counts), {}, 1e-5)
+
+
+@pytest.mark.gpu
+@zinb_too
+def test_under_autocast_products_alone_are_in_bfloat16(inflated: bool) -> None:
+    torch.manual_seed(0)
+    counts, ends = minibatch(50, 64, 0.2, 30, 0), Ends(50, 64, inflated, 1.0, (-1.0, 2.0))
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        rounded = found(ends, counts)
+    unrounded = found(ends, counts)
+    assert not torch.equal(rounded["loss"], unrounded["loss"])
+    assert_close(rounded, unrounded, {}, 0.03)

@@ -173,7 +173,7 @@ def _to_gradients(
     if theta_G.is_cuda:
         from carvae.model.triton_kernels import to_gradients
 
-        return to_gradients(logits, target.counts, target.library_N, theta_G)
+        return to_gradients(logits, biases, target.counts, target.library_N, theta_G)
     from carvae.model.kernels import Cells, Sums, nb, zinb
 
     n, counts = len(target.library_N), target.counts

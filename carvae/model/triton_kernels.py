@@ -70,6 +70,9 @@ class _Task(NamedTuple):
     logits: Any
     zero: Any
     """Logits of the zero inflation; without it the logits again, not touched."""
+    bias_G: Any
+    zero_bias_G: Any
+    """What is still to be added to both."""
     cells: Cells
     theta_G: Any
     loss_N: Any
@@ -169,7 +172,8 @@ def _at_counts(task, n_cells, n_genes, INFLATED: tl.constexpr, WIDTH: tl.constex
     dtheta_G = task.dtheta_PG + tl.program_id(0).to(tl.int64) * n_genes
     for n in range(tl.program_id(0), n_cells, tl.num_programs(0)):
         row = tl.cast(n, tl.int64) * n_genes
-        logit_G = tl.load(task.logits + row + gene, mask=gene < n_genes, other=float("-inf"))
+        logit_G = tl.load(task.logits + row + gene, mask=gene < n_genes, other=float("-inf")).to(tl.float32)
+        logit_G += tl.load(task.bias_G + gene, mask=gene < n_genes, other=0.0)
         greatest = tl.max(logit_G)
         total = tl.sum(tl.exp(logit_G - greatest))
         library, end = tl.load(cells.library_N + n), tl.load(cells.indptr_N + n + 1)
@@ -178,12 +182,13 @@ def _at_counts(task, n_cells, n_genes, INFLATED: tl.constexpr, WIDTH: tl.constex
             entry = start + tl.arange(0, CHUNK)
             x = tl.load(cells.count_M + entry, mask=entry < end, other=0.0).to(tl.float64)
             g = tl.load(cells.gene_M + entry, mask=entry < end, other=0)
-            theta32, logit = tl.load(task.theta_G + g), tl.load(task.logits + row + g)
+            theta32 = tl.load(task.theta_G + g)
+            logit = tl.load(task.logits + row + g).to(tl.float32) + tl.load(task.bias_G + g)
             theta = theta32.to(tl.float64)
             mu = tl.exp(logit.to(tl.float64) - greatest) / total * library
             loglik, r, dtheta = _count_terms(x, theta, mu)
             if INFLATED:
-                pi = tl.load(task.zero + row + g).to(tl.float64)
+                pi = (tl.load(task.zero + row + g).to(tl.float32) + tl.load(task.zero_bias_G + g)).to(tl.float64)
                 more, more_r, more_dtheta, rest = _not_inflated(theta, mu / (theta + EPS), pi)
                 loglik, r, dtheta = loglik + more, r + more_r, dtheta + more_dtheta
                 tl.store(task.dzero_M + entry, tl.where(x > 0, rest, 0.0).to(tl.float32), mask=entry < end)
@@ -213,8 +218,11 @@ def _at_genes(task, n_cells, n_genes, INFLATED: tl.constexpr, WIDTH: tl.constexp
     dtheta_sum, dbias, dzero_bias = tl.zeros_like(theta), tl.zeros_like(theta), tl.zeros_like(theta)
     for n in range(tl.program_id(0), n_cells, tl.num_programs(0)):
         row = tl.cast(n, tl.int64) * n_genes
-        logit = tl.load(task.logits + row + gene, mask=mask, other=float("-inf"))
-        pi = tl.load(task.zero + row + gene, mask=mask, other=0.0) if INFLATED else logit
+        logit = tl.load(task.logits + row + gene, mask=mask, other=float("-inf")).to(tl.float32)
+        logit, pi = logit + tl.load(task.bias_G + gene, mask=mask, other=0.0), logit
+        if INFLATED:
+            pi = tl.load(task.zero + row + gene, mask=mask, other=0.0).to(tl.float32)
+            pi += tl.load(task.zero_bias_G + gene, mask=mask, other=0.0)
         p = tl.exp(logit - tl.load(task.greatest_N + n)) * (1.0 / tl.load(task.total_N + n))
         u = p * tl.load(task.cells.library_N + n) / (theta + EPS)
         loss, r, dtheta, dzero = _zeros(u, theta, pi, INFLATED)
@@ -256,7 +264,7 @@ def _add_counts(task, n, row, part, INFLATED: tl.constexpr, CHUNK: tl.constexpr)
 @triton.jit
 def _add(at, value, mask):
     """Add in memory; not atomic, and no place may be named twice."""
-    tl.store(at, tl.load(at, mask=mask, other=0.0) + value, mask=mask)
+    tl.store(at, tl.load(at, mask=mask, other=0.0).to(tl.float32) + value, mask=mask)
 
 
 @triton.jit(do_not_specialize_on_alignment=["indptr_N", "gene_M", "value_M"])  # parts of larger tensors
@@ -274,24 +282,37 @@ def _dense_rows(indptr_N, gene_M, value_M, dense_NG, n_genes, WIDTH: tl.constexp
         tl.store(row_G + tl.load(gene_M + start + lane, mask=inside, other=0), value, mask=inside)
 
 
-def nb(logits_NG: Tensor, cells: Cells, theta_G: Tensor, scale: float, sums: Sums) -> None:
-    """-log NB of each cell; ``logits_NG`` becomes its gradient times ``scale``."""
-    _launch([logits_NG], cells, theta_G, scale, sums)
+def nb(logits_NG: Tensor, bias_G: Tensor, cells: Cells, theta_G: Tensor, scale: float, sums: Sums) -> None:
+    """-log NB of each cell; ``logits_NG``, which lack their bias, become its gradient times ``scale``.
+
+    Logits may be in bfloat16; they are read, and their gradient is written, in that type, and all else is not.
+    """
+    _launch([logits_NG], [bias_G], cells, theta_G, scale, sums)
 
 
-def zinb(logits_NG: Tensor, zero_NG: Tensor, cells: Cells, theta_G: Tensor, scale: float, sums: Sums) -> None:
+def zinb(
+    logits_NG: Tensor,
+    zero_NG: Tensor,
+    biases: tuple[Tensor, Tensor],
+    cells: Cells,
+    theta_G: Tensor,
+    scale: float,
+    sums: Sums,
+) -> None:
     """-log ZINB of each cell; as `nb`, and ``zero_NG`` becomes the gradient in the zero inflation's logits."""
-    _launch([logits_NG, zero_NG], cells, theta_G, scale, sums)
+    _launch([logits_NG, zero_NG], [*biases], cells, theta_G, scale, sums)
 
 
-def _launch(logits: list[Tensor], cells: Cells, theta_G: Tensor, scale: float, sums: Sums) -> None:
+def _launch(
+    logits: list[Tensor], biases: list[Tensor], cells: Cells, theta_G: Tensor, scale: float, sums: Sums
+) -> None:
     (n_cells, n_genes), n = logits[0].shape, len(logits)
     n_programs = min(n_cells, _programs(theta_G.device))
     parts = theta_G.new_zeros(1 + n, n_programs, n_genes)
     at_counts = [torch.empty_like(cells.count_M) for _ in logits]
     softmax, exact = theta_G.new_empty(2, n_cells), theta_G.new_empty(2, n_cells, dtype=torch.float64)
     memory = at_counts[0], at_counts[-1], *softmax, *exact, parts[0], parts[1], parts[-1]
-    task = _Task(logits[0], logits[-1], cells, theta_G, sums.loss_N, scale, *memory)
+    task = _Task(logits[0], logits[-1], biases[0], biases[-1], cells, theta_G, sums.loss_N, scale, *memory)
     for kernel, genes_per_warp in ((_at_counts, GENES_AT_COUNTS), (_at_genes, GENES_AT_GENES)):
         settings = launch_settings(n_genes, genes_per_warp)
         kernel[(n_programs,)](task, n_cells, n_genes, INFLATED=n > 1, **settings)
@@ -315,7 +336,7 @@ def _programs(device: torch.device) -> int:
 
 
 def to_gradients(
-    logits: list[Tensor], counts: CountsCSR, library_N: Tensor, theta_G: Tensor
+    logits: list[Tensor], biases: list[Tensor], counts: CountsCSR, library_N: Tensor, theta_G: Tensor
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Turn the logits (of expression, and of zero inflation for ZINB) into gradients of the mean loss.
 
@@ -325,8 +346,11 @@ def to_gradients(
     """
     loss_N, sums = torch.empty_like(library_N), theta_G.new_zeros(3, len(theta_G))
     cells = Cells(counts.indptr_N, counts.gene_M, counts.count_M, library_N)
-    kernel: Any = nb if len(logits) == 1 else zinb
-    kernel(*logits, cells, theta_G, 1 / len(loss_N), Sums(loss_N, *sums))
+    scale, all_sums = 1 / len(loss_N), Sums(loss_N, *sums)
+    if len(logits) == 1:
+        nb(logits[0], biases[0], cells, theta_G, scale, all_sums)
+    else:
+        zinb(logits[0], logits[1], (biases[0], biases[1]), cells, theta_G, scale, all_sums)
     return loss_N, sums[0], list(sums[1 : 1 + len(logits)])
 
 
