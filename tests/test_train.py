@@ -64,10 +64,10 @@ def recorded(world: World, output: Path, **sections: Any) -> list[tuple[float, f
     steps: list[tuple[float, float]] = []
     original = Objective._loss
 
-    def spy(self: Any, batch: Minibatch, thin: Any, kl_weight: float) -> Any:
+    def spy(self: Any, batch: Minibatch, thin: Any, kl_weight: float | torch.Tensor) -> Any:
         loss, parts = original(self, batch, thin, kl_weight)
         if thin is not None:
-            steps.append((kl_weight, float(loss.detach())))
+            steps.append((float(kl_weight), float(loss.detach())))
         return loss, parts
 
     with mock.patch.object(Objective, "_loss", spy):
