@@ -125,14 +125,20 @@ def _results(
     return {name: value.detach().double().cpu() for name, value in results.items()}
 
 
-def run_gpu_tests() -> str:
-    """Run the tests that need a GPU; stops where one fails."""
+def run_gpu_tests() -> tuple[bool, str]:
+    """Run the tests that need a GPU: whether they passed, and pytest's last line (all it said, where they did not).
+
+    A failure does not end the measurement: a GPU is lent for minutes. Warnings are no errors here.
+    """
     tests = Path(__file__).resolve().parent.parent / "tests"
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-W", "default"]
     files = [str(tests / name) for name in ("test_triton_kernels.py", "test_cuda_graph.py")]
-    done = subprocess.run(
-        [*command, *files], cwd=tests.parent, capture_output=True, text=True, check=False, timeout=240
-    )
+    try:
+        done = subprocess.run(
+            command + files, cwd=tests.parent, capture_output=True, text=True, check=False, timeout=150
+        )
+    except subprocess.TimeoutExpired:
+        return False, "not done after 150 s"
     if done.returncode:
-        raise SystemExit(f"tests failed:\n{done.stdout[-4000:]}{done.stderr[-2000:]}")
-    return done.stdout.strip().splitlines()[-1]
+        return False, f"{done.stdout[-6000:]}{done.stderr[-2000:]}"
+    return True, done.stdout.strip().splitlines()[-1]
