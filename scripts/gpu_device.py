@@ -68,11 +68,9 @@ def floor_seconds(device: Device, batch_size: int, precision: str, n_genes: int,
     """Least time of a step: what touches every gene of every cell, and the optimiser on the two large layers.
 
     Cells x genes: the input laid out (written, read by two products); logits (written by a product, read twice and
-    written by the kernels, read by the two products of backward, in bf16 through a copy). Five products in all.
+    written by the kernels, read by the two products of backward). Five products in all.
     """
-    size = 2 if precision == "bf16" else 4
-    copied = 4 + size if precision == "bf16" else 0
-    per_cell_and_gene = 3 * size + 4 + 12 + copied + 2 * size
+    per_cell_and_gene = 9 * (2 if precision == "bf16" else 4)
     adam = 7 * 4 * 2 * n_genes * n_hidden
     moved = batch_size * n_genes * per_cell_and_gene + adam
     operations = 5 * 2 * batch_size * n_genes * n_hidden
