@@ -185,7 +185,8 @@ def _to_gradients(
         indptr_N = counts.indptr_N[first : last + 1]
         cells = Cells(*_arrays(indptr_N, counts.gene_M, counts.count_M, target.library_N[first:last]))
         rows, theta = _arrays(*(tensor[first:last] for tensor in logits)), theta_G.numpy()
-        kernel, bias = (nb, _arrays(*biases)[0]) if len(logits) == 1 else (zinb, tuple(_arrays(*biases)))
+        kernel: Any = nb if len(logits) == 1 else zinb
+        bias = _arrays(*biases)[0] if len(logits) == 1 else tuple(_arrays(*biases))
         kernel(*rows, bias, cells, theta, np.float32(1 / n), Sums(*_arrays(loss_N[first:last], *sums)))
         return sums
 
