@@ -40,6 +40,7 @@ from carvae.labels.signatures import Signatures
 from carvae.model.bundle import Bundle, Provenance, check_place, leaf_parts
 from carvae.model.card import write_card
 from carvae.model.cohort import Cohort
+from carvae.model.fused import has_bfloat16
 from carvae.model.gene_view import fit_gene_view
 from carvae.model.held_out import held_out_metrics
 from carvae.model.metrics import AxisScores
@@ -148,15 +149,10 @@ def fit(cohort: Cohort, split: PatientSplit, config: Config, folder: Path) -> Fi
 def _precision(config: Config) -> Any:
     """Float32 where the processor has no bfloat16 products: done without them they take ten times as long."""
     on_cpu = config.train.accelerator == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    if on_cpu and config.train.precision != "32-true" and not _has_bf16():
+    if on_cpu and config.train.precision != "32-true" and not has_bfloat16():
         log.info("this processor has no bfloat16 products; they are in float32")
         return "32-true"
     return config.train.precision
-
-
-def _has_bf16() -> bool:
-    is_there: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return is_there and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from carvae.config import Config
 from carvae.data.loader import gather
 from carvae.data.split import PatientSplit
 from carvae.model.cohort import Cohort
+from carvae.model.fused import has_bfloat16
 from carvae.model.network import Network
 from carvae.model.scvi_bridge import scvi_state
 from carvae.train import fit
@@ -190,6 +191,8 @@ def main() -> None:
         for likelihood in ("nb", "zinb"):
             difference = check_equal_losses(cohort, adata, Case(likelihood, 128, bf16=False).config(given.threads))
             print(f"{likelihood}: losses equal to {difference:.1e}", flush=True)
+        if not has_bfloat16():
+            print("this processor has no bfloat16 products: carvae's are in float32 in every case")
         results = {}
         for case in [case for case in CASES if not given.cases or str(case) in given.cases]:
             results[str(case)] = row = measure(case, cohort, adata, given.rounds, given.threads)
@@ -203,7 +206,8 @@ def main() -> None:
         shutil.rmtree(folder)
     rounded = {name: {key: round(value, 3) for key, value in row.items()} for name, row in results.items()}
     passed = all(row["ratio"] >= row["bar"] for row in results.values())
-    print(json.dumps({"data": str(given.data), "threads": given.threads, "cases": rounded, "passed": passed}))
+    facts = {"data": str(given.data), "threads": given.threads, "bfloat16": has_bfloat16()}
+    print(json.dumps(facts | {"cases": rounded, "passed": passed}))
 
 
 if __name__ == "__main__":

@@ -403,10 +403,10 @@ def test_wandb_works_offline_without_an_account_and_tells_no_names(world: World,
 
 def test_bfloat16_is_float32_where_the_processor_has_no_products_of_it(caplog: pytest.LogCaptureFixture) -> None:
     config = Config.parse({"train": {"precision": "bf16-mixed", "accelerator": "cpu"}})
-    with caplog.at_level("INFO"), mock.patch.object(train, "_has_bf16", return_value=False):
+    with caplog.at_level("INFO"), mock.patch.object(train, "has_bfloat16", return_value=False):
         assert train._precision(config) == "32-true"
     assert "no bfloat16 products" in caplog.text
-    with mock.patch.object(train, "_has_bf16", return_value=True):
+    with mock.patch.object(train, "has_bfloat16", return_value=True):
         assert train._precision(config) == "bf16-mixed"
 
 

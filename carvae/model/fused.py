@@ -44,6 +44,12 @@ def _can_triton() -> bool:
     return find_spec("triton") is not None and any(map(shutil.which, filter(None, compilers)))
 
 
+def has_bfloat16() -> bool:
+    """Whether this processor has products of bfloat16; PyTorch's stand-in for them is slower than float32."""
+    is_there: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return is_there and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """What the decoder explains."""
