@@ -239,12 +239,11 @@ def _residence(
     """
     share, note = processes.share(config), checkpoints / "data.txt"
     rows = np.union1d(share.needed(split.train), share.needed(split.validation))
+    wanted, because = str(config.train.data), "as train.data says"
     if note.exists():
-        config = config.model_copy(
-            update={"train": config.train.model_copy(update={"data": note.read_text(encoding="ascii")})}
-        )
-    need = Need.of(store, rows, config, STEPS_PER_CALL)
-    choice = choose(need, free_bytes(device, config.train.devices), config, device)
+        wanted, because = note.read_text(encoding="ascii"), "as in the run that goes on"
+    free = free_bytes(device, config.train.devices)
+    choice = choose(Need.of(store, rows, config, STEPS_PER_CALL), free, device, wanted, because)
     resident = processes.everywhere(choice.resident)
     log.info("%s", choice.reason)
     processes.on_first(lambda: note.write_text("resident" if resident else "stream", encoding="ascii"))

@@ -55,8 +55,8 @@ class Choice:
     """One line."""
 
 
-def choose(need: Need, free: float, config: Config, device: torch.device) -> Choice:
-    """Return where the counts go by ``train.data`` and what is free.
+def choose(need: Need, free: float, device: torch.device, wanted: str, because: str) -> Choice:
+    """Return where the counts go.
 
     Parameters
     ----------
@@ -64,23 +64,27 @@ def choose(need: Need, free: float, config: Config, device: torch.device) -> Cho
         What training needs.
     free
         Bytes that are free for this process on ``device``.
+    wanted
+        ``resident``, ``stream``, or ``auto``: by what is free.
+    because
+        Who wants it.
 
     Raises
     ------
     TrainError
-        ``train.data`` is ``resident`` and memory does not suffice.
+        The counts are to be resident and memory does not suffice.
     """
     total = need.counts + need.minibatch
     size = (
         f"counts and labels take {need.counts / GIGABYTE:.2f} GB and minibatches {need.minibatch / GIGABYTE:.2f} GB, "
         f"{free / GIGABYTE:.2f} GB are free on {device}"
     )
-    if config.train.data == "stream":
-        return Choice(False, f"counts stream from the store, as train.data says ({size})")
-    if config.train.data == "resident":
+    if wanted == "stream":
+        return Choice(False, f"counts stream from the store, {because} ({size})")
+    if wanted == "resident":
         if total > free:
-            raise TrainError(f"train.data is resident, but {size}; set train.data=stream")
-        return Choice(True, f"counts are resident, as train.data says ({size})")
+            raise TrainError(f"counts are to be resident, {because}, but {size}; set train.data=stream")
+        return Choice(True, f"counts are resident, {because} ({size})")
     if total <= SAFE_SHARE * free:
         return Choice(True, f"counts are resident: {size}")
     return Choice(False, f"counts stream from the store: {size}, of which {SAFE_SHARE:.0%} may be planned with")
