@@ -7,7 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,37 +20,46 @@ import torch
 from safetensors.torch import load_file
 from trained import World, settings, write_config
 
+from carvae import cli
 from carvae.config import Config
+from carvae.data import order
 from carvae.data.order import Share
+from carvae.data.residence import Streamed
 from carvae.errors import ConfigError
 from carvae.ingest import work_folder
 from carvae.model import processes
+from carvae.model.objective import Objective
+from carvae.model.vae import Posterior
+from carvae.train import run as verb
 
 TOLERANCE = 2e-5
 """Of weights after some dozen steps of Adam, which turns rounding of near-zero gradients into steps."""
 QUIET: dict[str, Any] = {"max_epochs": 4, "min_steps": 0, "thinning": 0, "gene_dropout": 0, "shards": 2}
 """Noise is a function of the process, so it is switched off where runs are compared."""
-WORKER = """
-import os
-from unittest import mock
-from carvae import cli
-from carvae.data import order
-from carvae.data.residence import Streamed
-from carvae.model.objective import Objective
-from carvae.model.vae import Posterior
+STOPS = "CARVAE_TEST_STOPS_IN_EPOCH"
+"""Environment variable of the processes that these tests start."""
 
-def die(self):
-    if self.current_epoch == int(os.environ.get("DIE_IN_EPOCH", "-1")):
-        raise SystemExit(3)
 
-with (
-    mock.patch.object(Posterior, "sample", lambda self, generator=None: self.mean_NK),
-    mock.patch.object(Objective, "on_train_epoch_start", die),
-    mock.patch.object(Streamed, "window", 64),
-    mock.patch.object(order, "BLOCK", 16),
-):
-    cli.main()
-"""
+@contextmanager
+def comparable() -> Iterator[None]:
+    """z at its mean, and many small windows of streamed cells."""
+    with (
+        mock.patch.object(Posterior, "sample", lambda self, generator=None: self.mean_NK),
+        mock.patch.object(Streamed, "window", 64),
+        mock.patch.object(order, "BLOCK", 16),
+    ):
+        yield
+
+
+def main() -> None:
+    """What a started process runs: the command line, which may die on its way."""
+
+    def stop(self: Any) -> None:
+        if self.current_epoch == int(os.environ.get(STOPS, "-1")):
+            raise SystemExit(3)
+
+    with comparable(), mock.patch.object(Objective, "on_train_epoch_start", stop):
+        cli.main()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +68,10 @@ class Ran:
     err: str
 
 
-def run(folder: Path, *arguments: object, launcher: tuple[str, ...] = (), **environment: str) -> Ran:
-    """Train by the command line in new processes, z at its mean."""
+def started(folder: Path, *arguments: object, launcher: tuple[str, ...] = (), **environment: str) -> Ran:
+    """Train by the command line in new processes."""
     worker = folder / "worker.py"
-    worker.write_text(WORKER, encoding="utf-8")
+    worker.write_text("from test_processes import main\n\nmain()\n", encoding="utf-8")
     inherited = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "LOCAL_RANK", "NODE_RANK")}
     done = subprocess.run(
         [sys.executable, *launcher, str(worker), "train", *map(str, arguments)],
@@ -68,7 +80,6 @@ def run(folder: Path, *arguments: object, launcher: tuple[str, ...] = (), **envi
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
     )
     return Ran(done.returncode, done.stderr)
 
@@ -82,6 +93,12 @@ def prepared(world: World, folder: Path, name: str, **train: Any) -> Path:
     return write_config(folder / f"{name}.yaml", config)
 
 
+def in_one(world: World, folder: Path, **train: Any) -> Path:
+    """Train in this process; returns the bundle."""
+    with comparable():
+        return verb(Config.read(prepared(world, folder, "one", **train)))
+
+
 def assert_equal_bundles(one: Path, other: Path) -> None:
     """Equal weights and scores, to float tolerance."""
     weights, others = (load_file(path / "weights.safetensors") for path in (one, other))
@@ -92,47 +109,47 @@ def assert_equal_bundles(one: Path, other: Path) -> None:
     assert scores["held_out"]["state"]["confusion"] == more["held_out"]["state"]["confusion"]
 
 
-# 57 is odd and does not divide the training cells, so that the parts are ragged
+def log_of(bundle: Path) -> list[list[float]]:
+    text = (work_folder(bundle) / "fit" / "log" / "metrics.csv").read_text(encoding="utf-8")
+    return [[float(value or 0) for value in line.split(",")] for line in text.splitlines()[1:]]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("data", ["resident", "stream"])
-def test_two_processes_are_one(world: World, tmp_path: Path, data: str) -> None:
-    for n in (1, 2):
-        ran = run(tmp_path, prepared(world, tmp_path, f"m{n}", devices=n, data=data, batch_size=57))
-        assert ran.code == 0, ran.err
-        assert ran.err.count("epoch 2:") == 1, "the second process speaks too"
-        assert "Traceback" not in ran.err
-    assert_equal_bundles(tmp_path / "m1", tmp_path / "m2")
-    logs = [(tmp_path / f"m{n}.work" / "fit" / "log" / "metrics.csv").read_text(encoding="utf-8") for n in (1, 2)]
-    one, two = ([[float(v or 0) for v in line.split(",")] for line in text.splitlines()[1:]] for text in logs)
-    assert len(one) == 8
-    for row, other in zip(one, two, strict=True):
+def test_two_processes_are_one(world: World, tmp_path: Path) -> None:
+    """Streaming, with minibatches of an odd size whose parts are ragged; logs and scores agree too."""
+    ran = started(tmp_path, prepared(world, tmp_path, "two", devices=2, data="stream", batch_size=57))
+    assert ran.code == 0, ran.err
+    assert ran.err.count("epoch 2:") == 1, "the second process speaks too"
+    assert "Traceback" not in ran.err
+    one = in_one(world, tmp_path, data="stream", batch_size=57)
+    assert_equal_bundles(one, tmp_path / "two")
+    rows, others = log_of(one), log_of(tmp_path / "two")
+    assert len(rows) == 8
+    for row, other in zip(rows, others, strict=True):
         assert other == pytest.approx(row, rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.slow
-def test_a_run_that_is_stopped_goes_on_with_another_number_of_processes(world: World, tmp_path: Path) -> None:
-    """Started by torchrun, which restarts nothing here; both stages, with the checkpoints of two processes."""
+def test_a_run_that_was_stopped_goes_on_with_another_number_of_processes(world: World, tmp_path: Path) -> None:
+    """Two resident ones by torchrun, then one, which also trains on all patients."""
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    stopped = run(tmp_path, prepared(world, tmp_path, "a", devices=2, refit=True), launcher=torchrun, DIE_IN_EPOCH="2")
-    assert stopped.code != 0
-    assert not (tmp_path / "a").exists()
-    assert len([*(tmp_path / "a.work").rglob("last.ckpt")]) == 1
-    ran = run(tmp_path, prepared(world, tmp_path, "a", devices=1, refit=True))
-    assert ran.code == 0, ran.err
-    assert "continuing from" in ran.err
-    assert run(tmp_path, prepared(world, tmp_path, "b", devices=2, refit=True)).code == 0
-    assert_equal_bundles(tmp_path / "a", tmp_path / "b")
+    two = prepared(world, tmp_path, "two", devices=2, refit=True)
+    assert started(tmp_path, two, launcher=torchrun, **{STOPS: "2"}).code != 0
+    assert not (tmp_path / "two").exists()
+    assert len([*(tmp_path / "two.work").rglob("last.ckpt")]) == 1
+    with comparable(), mock.patch.object(import_module("carvae.train").log, "info") as said:
+        verb(Config.read(two, ["train.devices=1"]))
+    assert any(str(call.args[0]).startswith("continuing from") for call in said.call_args_list)
+    assert_equal_bundles(in_one(world, tmp_path, refit=True), tmp_path / "two")
 
 
 @pytest.mark.slow
 def test_what_is_wrong_is_said_once_and_ends_all_processes(world: World, tmp_path: Path) -> None:
-    path = prepared(world, tmp_path, "m", devices=2)
-    for override, message in (("train.lr=1e30", "lower train.lr"), ("model.covariates=[nix]", "names 'nix'")):
-        ran = run(tmp_path, path, "--quiet", override)
-        assert ran.code == 1
-        assert message in ran.err
-        assert ran.err.count("\n") == 1, ran.err
-        assert not (tmp_path / "m").exists()
+    ran = started(tmp_path, prepared(world, tmp_path, "m", devices=2), "--quiet", "train.lr=1e30")
+    assert ran.code == 1
+    assert "lower train.lr" in ran.err
+    assert ran.err.count("\n") == 1, ran.err
+    assert not (tmp_path / "m").exists()
 
 
 @pytest.mark.parametrize(
@@ -150,11 +167,9 @@ def test_shards_that_cannot_be_dealt_are_refused(world_size: int, train: dict[st
 
 
 def test_other_processes_than_the_settings_say_are_refused(tmp_path: Path) -> None:
-    from carvae.train import run as train
-
     with mock.patch.dict(os.environ, {"WORLD_SIZE": "4"}):
         with pytest.raises(ConfigError, match=r"4 processes were started, but train\.devices x train\.num_nodes is 2"):
-            train(Config.parse({"output": str(tmp_path / "m"), "train": {"devices": 2}}))
+            verb(Config.parse({"output": str(tmp_path / "m"), "train": {"devices": 2}}))
 
 
 def test_gradients_are_weighted_by_cells() -> None:
