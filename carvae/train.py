@@ -38,7 +38,7 @@ from carvae import __version__
 from carvae.config import Config, label_file
 from carvae.data.loader import CellData, MinibatchLoader
 from carvae.data.memory import Need, choose, free_bytes
-from carvae.data.residence import Residence, Resident, Streamed
+from carvae.data.residence import Residence, Resident, Streamed, read
 from carvae.data.sparse import GeneSums
 from carvae.data.split import PatientSplit, split_patients
 from carvae.data.store import CellStore
@@ -162,8 +162,9 @@ def fit(cohort: Cohort, split: PatientSplit, config: Config, folder: Path) -> Fi
         n_trained = int(best["epoch"]) + 1
     _finish(trainer.loggers, module.scores)
     network = network.cpu().eval()
-    rng = np.random.default_rng((config.seed, 4))
-    fit_gene_view(network.head, data, split.train, list(cohort.allowed().values()), config.model, rng)
+    if processes.rank() == 0:  # from the store: of resident counts it may have its own shards alone
+        data, rng = cohort.data(split.train, config), np.random.default_rng((config.seed, 4))
+        fit_gene_view(network.head, data, split.train, list(cohort.allowed().values()), config.model, rng)
     return Fit(network, n_trained)
 
 
@@ -247,7 +248,7 @@ def _residence(
     resident = processes.everywhere(choice.resident)
     log.info("%s", choice.reason)
     processes.on_first(lambda: note.write_text("resident" if resident else "stream", encoding="ascii"))
-    return Resident(store, rows, device) if resident else Streamed(store, device)
+    return Resident(read(store, rows, device), rows) if resident else Streamed(store, device)
 
 
 def _moments(data: CellData, split: PatientSplit, config: Config, n_genes: int) -> tuple[torch.Tensor, torch.Tensor]:

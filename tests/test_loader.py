@@ -28,12 +28,16 @@ CHOSEN = st.sets(st.integers(0, N - 1))
 KINDS = st.sampled_from(["resident", "stream"])
 
 
+def resident(store: CellStore, rows: np.ndarray, device: torch.device = CPU) -> Resident:
+    return Resident(residence.read(store, rows, device), rows)
+
+
 def cells(store: CellStore, kind: str = "resident", missing_genes: bool = True) -> CellData:
     """Cells whose covariate is their own number."""
     n = store.n_cells
     number = torch.arange(n)
     return CellData(
-        counts=Resident(store, np.arange(n), CPU) if kind == "resident" else Streamed(store, CPU),
+        counts=resident(store, np.arange(n)) if kind == "resident" else Streamed(store, CPU),
         covariate_NC=torch.stack([number, -number], 1),
         unmeasured_SG=torch.eye(2, 12, dtype=torch.bool) if missing_genes else None,
         study_N=number % 2,
@@ -151,7 +155,7 @@ def parts_of(
         share = Share(rank, world, shards)
         data = cells(store, kind)
         if kind == "resident":
-            data = data.beside(Resident(store, np.unique(share.needed(rows)), CPU))
+            data = data.beside(resident(store, np.unique(share.needed(rows))))
         found.append([*MinibatchLoader(data, rows, size, seed, 1, share)])
     return found
 
@@ -321,7 +325,7 @@ def test_thinning_is_repeated_by_the_generator() -> None:
 @pytest.mark.parametrize("kind", ["resident", "stream"])
 def test_minibatches_are_made_on_the_gpu(store: CellStore, kind: str) -> None:
     cuda = torch.device("cuda", torch.cuda.current_device())
-    counts = Resident(store, np.arange(N), cuda) if kind == "resident" else Streamed(store, cuda)
+    counts = resident(store, np.arange(N), cuda) if kind == "resident" else Streamed(store, cuda)
     there = MinibatchLoader(cells(store).beside(counts), np.arange(N), 4, 0)
     for one, other in zip(there, MinibatchLoader(cells(store, kind), np.arange(N), 4, 0), strict=True):
         assert one.counts.count_M.device == one.code_NA.device == cuda
@@ -334,7 +338,7 @@ def test_minibatches_are_made_on_the_gpu(store: CellStore, kind: str) -> None:
 @pytest.mark.gpu
 def test_a_resident_minibatch_waits_for_nothing(store: CellStore) -> None:
     cuda = torch.device("cuda", torch.cuda.current_device())
-    loader = iter(MinibatchLoader(cells(store).beside(Resident(store, np.arange(N), cuda)), np.arange(N), 4, 0))
+    loader = iter(MinibatchLoader(cells(store).beside(resident(store, np.arange(N), cuda)), np.arange(N), 4, 0))
     next(loader)  # brings the order of the epoch
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -35,11 +35,13 @@ class Window:
     """Its entries; on the host, so that a GPU need not be asked."""
 
     @classmethod
-    def of(cls, counts: CompactCSR, held: NDArray[np.int64], part: NDArray[np.int64], store: CellStore) -> Window:
-        """The cells ``part`` out of ``counts``, which are those of the cells ``held`` (ascending)."""
+    def of(
+        cls, counts: CompactCSR, held: NDArray[np.int64], part: NDArray[np.int64], size_N: NDArray[np.int64]
+    ) -> Window:
+        """The cells ``part`` out of ``counts``, which has the cells ``held`` (ascending) with ``size_N`` entries."""
+        at = np.searchsorted(held, part)
         device = counts.indptr_N.device
-        at_N, row_N = (torch.from_numpy(a).to(device) for a in (np.searchsorted(held, part), part))
-        return cls(counts, at_N, row_N, store.entries(part))
+        return cls(counts, torch.from_numpy(at).to(device), torch.from_numpy(part).to(device), size_N[at])
 
     def take(self, first: int, last: int) -> tuple[CountsCSR, Tensor]:
         """Counts and numbers of neighbouring visits."""
@@ -64,22 +66,23 @@ class Resident:
 
     Parameters
     ----------
-    store, rows
-        The cells, by their numbers in ascending order.
-    device
-        Where training runs.
+    counts
+        The cells, where training runs.
+    rows
+        Their numbers, ascending.
     """
 
     window: int | None = None
 
-    def __init__(self, store: CellStore, rows: NDArray[np.int64], device: torch.device) -> None:
-        self.store, self.rows, self.device = store, rows, device
-        self._counts = read(store, rows, device)
+    def __init__(self, counts: CompactCSR, rows: NDArray[np.int64]) -> None:
+        self.device = counts.indptr_N.device
+        self._counts, self._rows = counts, rows
+        self._size_N: NDArray[np.int64] = counts.indptr_N.diff().cpu().numpy()
 
     def windows(self, parts: Sequence[NDArray[np.int64]]) -> Iterator[Window]:
         """The given cells, which are all here."""
         for part in parts:
-            yield Window.of(self._counts, self.rows, part, self.store)
+            yield Window.of(self._counts, self._rows, part, self._size_N)
 
 
 class Streamed:
@@ -107,12 +110,12 @@ class Streamed:
 
     def _read(self, part: NDArray[np.int64]) -> Window:
         rows = np.unique(part)
-        counts = read(self.store, rows, torch.device("cpu"))
+        counts, size_N = read(self.store, rows, torch.device("cpu")), self.store.entries(rows)
         if self.device.type != "cuda":
-            return Window.of(counts, rows, part, self.store)
+            return Window.of(counts, rows, part, size_N)
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream):
-            window = Window.of(counts.pin().to(self.device), rows, part, self.store)
+            window = Window.of(counts.pin().to(self.device), rows, part, size_N)
             stream.synchronize()  # waits in this thread alone
         return window
 
