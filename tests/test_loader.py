@@ -160,6 +160,7 @@ def parts_of(
     return found
 
 
+@settings(max_examples=15)
 @given(
     KINDS, st.sets(st.integers(0, N - 1), min_size=1), st.integers(1, 4), st.integers(1, 2), st.booleans(), st.data()
 )
