@@ -152,6 +152,17 @@ class TrainConfig(Section):
     """Device; ``auto`` takes CUDA when present."""
     cuda_graph: bool = True
     """On CUDA: record a training step once and replay it, which costs the host next to nothing."""
+    data: Literal["auto", "resident", "stream"] = "auto"
+    """Where the counts are during training: all on the device (``resident``), or read from the store a window of
+    cells at a time, which bounds memory (``stream``). ``auto`` computes the size and takes the device where it fits."""
+    devices: int = Field(1, ge=1)
+    """Processes on each machine, one per GPU where there are GPUs. A minibatch is divided among all processes."""
+    num_nodes: int = Field(1, ge=1)
+    """Machines. On several, each process is started from outside (SLURM or torchrun)."""
+    shards: int = Field(0, ge=0)
+    """Pieces that the cells are cut into; each minibatch has the same number of cells of each piece, and a process
+    reads its own pieces alone. Runs with equal shards see the same minibatches on any number of processes that divides
+    it. 0: one per process."""
     threads: int = Field(1, ge=0)
     """CPU threads of torch; 0 leaves torch's own choice. Two threads on a busy machine can be slower."""
     wandb: Literal["offline", "online", "disabled"] = "offline"

@@ -51,6 +51,11 @@ def work_folder(output: Path) -> Path:
     return output.with_name(f"{output.name}.work")
 
 
+def store_path(output: Path) -> Path:
+    """Store of all cells that the bundle ``output`` is trained on."""
+    return work_folder(output) / "store.zarr"
+
+
 def run(config: Config) -> Path:
     """Return the path of the store of ``config``, built only when inputs or settings changed.
 
@@ -61,8 +66,7 @@ def run(config: Config) -> Path:
     """
     if not config.ingest.studies:
         raise ConfigError("ingest.studies is empty; name at least one study, as in configs/reference.yaml")
-    work = work_folder(config.output)
-    store = work / "store.zarr"
+    work, store = work_folder(config.output), store_path(config.output)
     fingerprint = _fingerprint(config)
     if store.exists() and _is_current(store, fingerprint):
         log.info("store is up to date: %s", store)

@@ -35,8 +35,9 @@ from gpu_device import Device, check_against_float64, floor_seconds, measure_dev
 from torch import Tensor
 
 from carvae.config import Config
+from carvae.data import residence
 from carvae.data.loader import CellData, Minibatch
-from carvae.data.sparse import CountsCSR
+from carvae.data.sparse import CompactCSR, CountsCSR
 from carvae.data.split import PatientSplit
 from carvae.model.cohort import Cohort
 from carvae.model.network import Network
@@ -76,7 +77,7 @@ class Row:
 class Resident:
     """Cells on the device, visited in random order without end; each chunk of minibatches is gathered at once."""
 
-    counts: CountsCSR
+    counts: CompactCSR
     size_N: np.ndarray
     """Entries of each cell, on the host: the device is not asked."""
     sample_N1: Tensor
@@ -102,7 +103,7 @@ class Resident:
             entries = slice(int(ends[a]), int(ends[b]))
             counts = chunk.indptr_N[a : b + 1] - entries.start, chunk.gene_M[entries], chunk.count_M[entries]
             cells = CountsCSR(*counts, chunk.n_genes)
-            minibatches.append(Minibatch(cells, sample_N1[a:b], None, nothing_N0.long(), nothing_N0))
+            minibatches.append(Minibatch(cells, sample_N1[a:b], None, nothing_N0.long(), nothing_N0, b - a))
         return minibatches
 
     def data(self) -> CellData:
@@ -110,7 +111,8 @@ class Resident:
         n, device = self.size_N.size, self.sample_N1.device
         nothing_N0 = torch.empty(n, 0, device=device)
         study_N = torch.zeros(n, dtype=torch.int64, device=device)
-        return CellData(self.counts, self.sample_N1, None, study_N, nothing_N0.long(), nothing_N0)
+        counts = residence.Resident(self.counts, np.arange(n))
+        return CellData(counts, self.sample_N1, None, study_N, nothing_N0.long(), nothing_N0)
 
 
 class ResidentObjective(Objective):
@@ -237,9 +239,7 @@ def embed(network: Network, source: Resident, precision: str, seconds: float) ->
     def everything() -> None:
         for a in range(0, n_cells, EMBEDDED_AT_ONCE):
             b = min(a + EMBEDDED_AT_ONCE, n_cells)
-            entries = slice(int(ends[a]), int(ends[b]))
-            indptr_N = counts.indptr_N[a : b + 1] - entries.start
-            cells = CountsCSR(indptr_N, counts.gene_M[entries], counts.count_M[entries], counts.n_genes)
+            cells = counts.rows(torch.arange(a, b, device=device), int(ends[b] - ends[a]))
             latent_NK[a:b] = network.vae.encoder(cells).mean_NK
 
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -266,7 +266,7 @@ def resident(adata: ad.AnnData, device: torch.device) -> Resident:
     size_N = np.diff(adata.X.indptr).astype(np.int64)
     sample_N1 = torch.from_numpy(code_N)[:, None].to(device)
     order = np.random.default_rng(0).permutation(adata.n_obs)
-    return Resident(CountsCSR.from_scipy(adata.X).to(device), size_N, sample_N1, order, BATCHES[0])
+    return Resident(CompactCSR.from_scipy(adata.X).to(device), size_N, sample_N1, order, BATCHES[0])
 
 
 def settings(batch_size: int, precision: str) -> Config:

@@ -31,7 +31,7 @@ import torch
 from bench_data import CARPALL, carpall, cohort_of, most_variable, simulated
 
 from carvae.config import Config
-from carvae.data.loader import gather
+from carvae.data.loader import MinibatchLoader
 from carvae.data.split import PatientSplit
 from carvae.model.cohort import Cohort
 from carvae.model.fused import has_bfloat16
@@ -123,7 +123,7 @@ def check_equal_losses(cohort: Cohort, adata: ad.AnnData, config: Config) -> flo
     module = scvi_model(adata, config).module.eval()
     module.load_state_dict(scvi_state(network.vae), strict=False)
     rows = np.arange(128)
-    batch = gather(cohort.data(rows, config), torch.from_numpy(rows))
+    batch = next(iter(MinibatchLoader(cohort.data(rows, config), rows, rows.size)))
     posterior = network.vae.encoder(batch.counts)
     noise_NK = torch.randn_like(posterior.mean_NK)
     z_NK = posterior.mean_NK + posterior.variance_NK.sqrt() * noise_NK

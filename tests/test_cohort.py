@@ -196,7 +196,7 @@ def obs() -> pd.DataFrame:
 
 def test_a_cohort_has_the_cells_of_its_store(tmp_path: Path, obs: pd.DataFrame) -> None:
     cohort = assembled(tmp_path, obs)
-    assert np.array_equal(cohort.counts.to_scipy().toarray(), counts_of(15).toarray())
+    assert np.array_equal(cohort.store.counts().toarray(), counts_of(15).toarray())
     assert cohort.n_categories == {"study": 1, "sample": 3}
     assert cohort.covariate_NC[:, 1].tolist() == [0] * 6 + [1] * 4 + [2] * 5
     assert cohort.tree is not None
@@ -315,7 +315,7 @@ def test_held_out_scores_are_of_held_out_patients_alone(tmp_path: Path) -> None:
     """Peer fault: accuracy on training cells. A model that knows these by heart and no other scores as it deserves."""
     table = obs_of({"a": 30, "b": 30}).assign(label=["x", "y", "z"] * 20)
     cohort = assembled(tmp_path, table)
-    rows = cohort.counts.to_scipy().toarray()
+    rows = cohort.store.counts().toarray()
     rows_of = {"train": np.arange(30), "validation": np.arange(30, 60)}
     split = PatientSplit(rows_of["train"], rows_of["validation"], ("b",))
     truth = cohort.true_leaf("state")

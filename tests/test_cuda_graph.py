@@ -44,6 +44,7 @@ def minibatch(n: int, seed: int = 0, density: float = 1.0) -> Minibatch:
         unmeasured_NG,
         torch.from_numpy(rng.integers(-1, 2, (n, 1))),
         torch.from_numpy(rng.random((n, 1), dtype=np.float32)),
+        n,
     )
 
 
@@ -83,6 +84,7 @@ def test_padding_changes_no_loss_and_no_gradient(
             b.unmeasured_NG,
             b.code_NA,
             b.weight_NA,
+            b.n_counted,
         )
         for b in (exact, static.batch)
         for c in (b.counts,)

@@ -12,7 +12,8 @@ from sklearn.linear_model import LogisticRegression
 
 from carvae.config import ModelConfig
 from carvae.data.loader import CellData
-from carvae.data.sparse import CountsCSR
+from carvae.data.residence import Resident
+from carvae.data.sparse import CompactCSR, CountsCSR
 from carvae.model import gene_view
 from carvae.model.gene_view import fit_gene_view
 from carvae.model.heads import COUNTS_PER_CELL, StateHead
@@ -35,7 +36,7 @@ def cells(seed: int = 0) -> tuple[sp.csr_matrix, np.ndarray]:
 def data_of(counts: sp.csr_matrix, code: np.ndarray, weight: np.ndarray | None = None) -> CellData:
     weight = np.ones(len(code), np.float32) if weight is None else weight.astype(np.float32)
     return CellData(
-        counts=CountsCSR.from_scipy(counts),
+        counts=Resident(CompactCSR.from_scipy(counts), np.arange(counts.shape[0])),
         covariate_NC=torch.zeros(len(code), 0, dtype=torch.int64),
         unmeasured_SG=None,
         study_N=torch.zeros(len(code), dtype=torch.int64),

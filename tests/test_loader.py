@@ -1,27 +1,43 @@
-"""Minibatches and thinning."""
+"""Minibatches of resident and of streamed cells, their order and their division among processes; thinning."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import counts_of
+from tiny import counts_of, obs_of, write_store
 
-from carvae.data.loader import CellData, MinibatchLoader, Thinning, gather
+from carvae.data import order, residence
+from carvae.data.loader import CellData, MinibatchLoader, Thinning
+from carvae.data.order import Share, Shuffle
+from carvae.data.residence import Resident, Streamed
 from carvae.data.sparse import CountsCSR
+from carvae.data.store import CellStore
+from carvae.model.heads import label_loss
 
 N = 23
+CPU = torch.device("cpu")
+CHOSEN = st.sets(st.integers(0, N - 1))
+KINDS = st.sampled_from(["resident", "stream"])
 
 
-def cells(n: int = N, missing_genes: bool = True) -> CellData:
+def resident(store: CellStore, rows: np.ndarray, device: torch.device = CPU) -> Resident:
+    return Resident(residence.read(store, rows, device), rows)
+
+
+def cells(store: CellStore, kind: str = "resident", missing_genes: bool = True) -> CellData:
     """Cells whose covariate is their own number."""
+    n = store.n_cells
     number = torch.arange(n)
     return CellData(
-        counts=CountsCSR.from_scipy(counts_of(n)),
+        counts=resident(store, np.arange(n)) if kind == "resident" else Streamed(store, CPU),
         covariate_NC=torch.stack([number, -number], 1),
         unmeasured_SG=torch.eye(2, 12, dtype=torch.bool) if missing_genes else None,
         study_N=number % 2,
@@ -30,77 +46,203 @@ def cells(n: int = N, missing_genes: bool = True) -> CellData:
     )
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> CellStore:
+    return write_store(tmp_path_factory.mktemp("cells") / "store.zarr", counts_of(N), obs_of({"a": N}))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_windows() -> Iterator[None]:
+    """Windows of five cells in blocks of three, so that a few cells make many."""
+    with mock.patch.object(Streamed, "window", 5), mock.patch.object(order, "BLOCK", 3):
+        yield
+
+
 def visited(loader: MinibatchLoader) -> list[int]:
     return [int(i) for batch in loader for i in batch.covariate_NC[:, 0]]
 
 
-@given(st.sets(st.integers(0, N - 1)), st.integers(1, 30), st.integers(0, 3), st.integers(0, 3))
-def test_every_cell_is_visited_once_per_epoch(chosen: set[int], size: int, seed: int, epoch: int) -> None:
-    loader = MinibatchLoader(cells(), np.array(sorted(chosen), np.int64), size, seed, epoch)
+@settings(max_examples=30)
+@given(KINDS, CHOSEN, st.integers(1, 30), st.integers(0, 3), st.integers(0, 3))
+def test_every_cell_is_visited_once_per_epoch_with_its_own_counts(
+    store: CellStore, kind: str, chosen: set[int], size: int, seed: int, epoch: int
+) -> None:
+    loader = MinibatchLoader(cells(store, kind), np.array(sorted(chosen), np.int64), size, seed, epoch)
     batches = [*loader]
     assert sorted(visited(loader)) == sorted(chosen)
     assert len(batches) == len(loader)
-    assert all(batch.counts.n_cells == size for batch in batches[:-1])
+    assert all(batch.counts.n_cells == batch.n_counted == size for batch in batches[:-1])
+    everything = counts_of(N).toarray()
+    for batch in batches:
+        rows = batch.covariate_NC[:, 0]
+        assert np.array_equal(batch.counts.to_scipy().toarray(), everything[rows.numpy()])
+        assert batch.code_NA.tolist() == loader.data.code_NA[rows].tolist()
+        assert batch.weight_NA.tolist() == loader.data.weight_NA[rows].tolist()
+        assert batch.unmeasured_NG is not None
+        assert loader.data.unmeasured_SG is not None
+        assert torch.equal(batch.unmeasured_NG, loader.data.unmeasured_SG[rows % 2])
 
 
-def test_the_order_is_a_function_of_seed_and_epoch_only() -> None:
+@pytest.mark.parametrize("kind", ["resident", "stream"])
+def test_the_order_is_a_function_of_seed_and_epoch_only(store: CellStore, kind: str) -> None:
     rows = np.arange(N)
-    order = {}
+    found = {}
     for seed in (0, 1):
         for epoch in (0, 1):
-            loader = MinibatchLoader(cells(), rows, 4, seed, epoch)
-            order[seed, epoch] = visited(loader)
+            loader = MinibatchLoader(cells(store, kind), rows, 4, seed, epoch)
+            found[seed, epoch] = visited(loader)
             np.random.seed(7)  # noqa: NPY002 - the global generator must not matter
             torch.manual_seed(7)
-            assert visited(loader) == order[seed, epoch]
-            resumed = MinibatchLoader(cells(), rows, 4, seed)
+            assert visited(loader) == found[seed, epoch]
+            resumed = MinibatchLoader(cells(store, kind), rows, 4, seed)
             resumed.set_epoch(epoch)
-            assert visited(resumed) == order[seed, epoch]
-    assert len({tuple(o) for o in order.values()}) == 4
+            assert visited(resumed) == found[seed, epoch]
+    assert len({tuple(o) for o in found.values()}) == 4
 
 
-def test_without_a_seed_cells_come_in_order() -> None:
-    rows = np.array([5, 3, 8, 1])
-    assert visited(MinibatchLoader(cells(), rows, 3)) == [5, 3, 8, 1]
+def test_resident_cells_of_one_process_come_as_numpy_permutes_them(store: CellStore) -> None:
+    """The order before there were shards, which a run that goes on relies on."""
+    loader = MinibatchLoader(cells(store), np.arange(N), 4, 3, 2)
+    assert visited(loader) == np.random.default_rng((3, 2)).permutation(N).tolist()
 
 
-def test_a_last_minibatch_of_one_cell_and_no_cells_at_all_work() -> None:
-    *_, last = MinibatchLoader(cells(), np.arange(9), 4)
-    assert last.counts.n_cells == 1
-    assert last.counts.to_scipy().shape == (1, 12)
-    assert [*MinibatchLoader(cells(), np.arange(0), 4)] == []
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 4), st.integers(0, 5))
+def test_a_window_holds_whole_blocks_shuffled_together(n: int, window: int, shard: int, epoch: int) -> None:
+    mixed = Shuffle(0, epoch)(np.arange(n), shard, window)
+    assert sorted(mixed.tolist()) == list(range(n))
+    opened = [{int(i) // 3 for i in mixed[start : start + window]} for start in range(0, n, window)]
+    # neighbouring cells are read together: a window touches no more blocks than it has room for, and a cut one
+    assert all(len(blocks) <= window // 3 + 2 + (n % 3 > 0) for blocks in opened)
 
 
-@given(st.lists(st.integers(0, N - 1), max_size=9))
-def test_gathering_is_slicing(rows: list[int]) -> None:
-    data = cells()
-    batch = gather(data, torch.tensor(rows, dtype=torch.int64))
-    assert np.array_equal(batch.counts.to_scipy().toarray(), counts_of(N)[rows].toarray())
-    assert batch.covariate_NC.tolist() == data.covariate_NC[rows].tolist()
-    assert batch.code_NA.tolist() == data.code_NA[rows].tolist()
-    assert batch.weight_NA.tolist() == data.weight_NA[rows].tolist()
-    assert batch.unmeasured_NG is not None
-    assert data.unmeasured_SG is not None
-    assert [r.tolist() for r in batch.unmeasured_NG] == [data.unmeasured_SG[i % 2].tolist() for i in rows]
+@pytest.mark.parametrize("kind", ["resident", "stream"])
+def test_without_a_seed_cells_come_in_order(store: CellStore, kind: str) -> None:
+    rows = np.array([1, 3, 5, 8, 9, 20])
+    assert visited(MinibatchLoader(cells(store, kind), rows, 4)) == rows.tolist()
 
 
-def test_studies_that_measured_everything_need_no_mask() -> None:
-    batch = gather(cells(missing_genes=False), torch.arange(3))
+def test_a_last_minibatch_of_one_cell_and_no_cells_at_all_work(store: CellStore) -> None:
+    for kind in ("resident", "stream"):
+        *_, last = MinibatchLoader(cells(store, kind), np.arange(9), 4)
+        assert last.counts.n_cells == 1
+        assert last.counts.to_scipy().shape == (1, 12)
+        assert [*MinibatchLoader(cells(store, kind), np.arange(0), 4)] == []
+
+
+def test_studies_that_measured_everything_need_no_mask(store: CellStore) -> None:
+    batch = next(iter(MinibatchLoader(cells(store, missing_genes=False), np.arange(3), 3)))
     assert batch.unmeasured_NG is None
     assert batch.to("cpu").unmeasured_NG is None
 
 
-def test_a_minibatch_moves_as_a_whole() -> None:
-    moved = gather(cells(), torch.arange(3)).to("meta")
+def test_a_minibatch_moves_as_a_whole(store: CellStore) -> None:
+    moved = next(iter(MinibatchLoader(cells(store), np.arange(3), 3))).to("meta")
     tensors = [moved.counts.indptr_N, moved.counts.gene_M, moved.counts.count_M, moved.covariate_NC]
     tensors += [moved.code_NA, moved.weight_NA]
     assert moved.unmeasured_NG is not None
     assert all(t.device.type == "meta" for t in [*tensors, moved.unmeasured_NG])
 
 
+# -- several processes
+
+
+def parts_of(
+    store: CellStore, kind: str, rows: np.ndarray, size: int, world: int, shards: int, seed: int | None
+) -> list[list[CellData]]:
+    """The minibatches of every process, which holds no cells but its own."""
+    found = []
+    for rank in range(world):
+        share = Share(rank, world, shards)
+        data = cells(store, kind)
+        if kind == "resident":
+            data = data.beside(resident(store, np.unique(share.needed(rows))))
+        found.append([*MinibatchLoader(data, rows, size, seed, 1, share)])
+    return found
+
+
+@settings(max_examples=15)
+@given(
+    KINDS, st.sets(st.integers(0, N - 1), min_size=1), st.integers(1, 4), st.integers(1, 2), st.booleans(), st.data()
+)
+def test_processes_divide_the_minibatches_of_one(
+    store: CellStore, kind: str, chosen: set[int], world: int, more: int, shuffled: bool, data: st.DataObject
+) -> None:
+    """With equal shards: the same minibatches, equal parts, every cell counted once, and the same label loss."""
+    shards, rows = world * more, np.array(sorted(chosen))
+    size, seed = data.draw(st.integers(shards, 12)), 5 if shuffled else None
+    whole = [*MinibatchLoader(cells(store, kind), rows, size, seed, 1, Share(0, 1, shards))]
+    parts = parts_of(store, kind, rows, size, world, shards, seed)
+    assert {len(mine) for mine in parts} == {len(whole)}
+    allowed = torch.eye(2, dtype=torch.bool)
+    everything = counts_of(N).toarray()
+    for one, *several in zip(whole, *parts, strict=True):
+        counted = [part.covariate_NC[: part.n_counted, 0].tolist() for part in several]
+        assert sorted(cell for mine in counted for cell in mine) == sorted(one.covariate_NC[:, 0].tolist())
+        assert max(map(len, counted)) - min(map(len, counted)) <= more
+        assert all(part.counts.n_cells > 0 for part in several), "a loss without cells is not a number"
+        for part in several:
+            assert np.array_equal(part.counts.to_scipy().toarray(), everything[part.covariate_NC[:, 0].numpy()])
+        losses = []
+        for batch in (one, *several):
+            log_probability_NS = torch.log_softmax(batch.covariate_NC[:, :1] * torch.tensor([[0.1, 0.2]]), 1)
+            losses.append(label_loss(log_probability_NS, batch.code_NA[:, 0], allowed, batch.weight_NA[:, 0]))
+        mean = sum(n.n_counted * loss for n, loss in zip(several, losses[1:], strict=True)) / one.n_counted
+        assert float(mean) == pytest.approx(float(losses[0]), rel=1e-5)
+
+
+def test_a_process_reads_one_stretch_of_the_store(store: CellStore) -> None:
+    shares = [Share(rank, 3, 6).cells(np.arange(N)) for rank in range(3)]
+    assert np.concatenate(shares).tolist() == list(range(N))
+    assert [*map(len, shares)] == [8, 8, 7]
+    assert Share(2, 3, 3).cells(np.arange(2)).size == 0
+    assert Share(2, 3, 3).needed(np.arange(2)).tolist() == [0]
+
+
+# -- streaming
+
+
+def test_streaming_holds_two_windows_and_reads_ahead_in_a_thread(store: CellStore) -> None:
+    read, readers = residence.read, []
+
+    def spy(*arguments: object) -> object:
+        readers.append(threading.current_thread())
+        return read(*arguments)  # type: ignore[arg-type]
+
+    with mock.patch.object(residence, "read", spy):
+        loader = iter(MinibatchLoader(cells(store, "stream"), np.arange(N), 5, 0))
+        for n, _ in enumerate(loader, start=1):
+            assert len(readers) <= min(n + 1, 5)
+    assert len(readers) == 5
+    assert threading.main_thread() not in readers
+
+
+def test_a_pass_that_is_given_up_leaves_no_thread(store: CellStore) -> None:
+    before = threading.active_count()
+    loader = iter(MinibatchLoader(cells(store, "stream"), np.arange(N), 5, 0))
+    next(loader)
+    assert threading.active_count() == before + 1
+    loader.close()  # type: ignore[attr-defined]
+    assert threading.active_count() == before
+
+
+def test_a_store_that_is_damaged_meanwhile_is_said(tmp_path: Path) -> None:
+    from carvae.errors import ReadError
+
+    damaged = write_store(tmp_path / "s", counts_of(N), obs_of({"a": N}))
+    loader = iter(MinibatchLoader(cells(damaged, "stream"), np.arange(N), 5, 0))
+    next(loader)
+    part = next(p for p in (tmp_path / "s" / "gene" / "c").rglob("*") if p.is_file())
+    part.write_bytes(part.read_bytes()[:-7])
+    with pytest.raises(ReadError, match="gene is damaged"):
+        list(loader)
+
+
+# -- thinning
+
+
 def many(n_cells: int = 400, count: int = 30) -> CountsCSR:
     """Cells with ``count`` counts of each of ten genes."""
-    return CountsCSR.from_scipy(counts_of(1)[:, :1].tocsr()).__class__(
+    return CountsCSR(
         torch.arange(0, n_cells * 10 + 1, 10),
         torch.arange(10, dtype=torch.int32).repeat(n_cells),
         torch.full((n_cells * 10,), float(count)),
@@ -177,11 +319,31 @@ def test_thinning_is_repeated_by_the_generator() -> None:
     assert torch.equal(*runs)
 
 
+# -- on the GPU
+
+
 @pytest.mark.gpu
-def test_minibatches_and_thinning_on_the_gpu() -> None:
-    batch = gather(cells(), torch.arange(9)).to("cuda")
-    rows = torch.tensor([3, 1], device="cuda")
-    assert np.array_equal(batch.counts.rows(rows).to_scipy().toarray(), counts_of(N)[[3, 1]].toarray())
+@pytest.mark.parametrize("kind", ["resident", "stream"])
+def test_minibatches_are_made_on_the_gpu(store: CellStore, kind: str) -> None:
+    cuda = torch.device("cuda", torch.cuda.current_device())
+    counts = resident(store, np.arange(N), cuda) if kind == "resident" else Streamed(store, cuda)
+    there = MinibatchLoader(cells(store).beside(counts), np.arange(N), 4, 0)
+    for one, other in zip(there, MinibatchLoader(cells(store, kind), np.arange(N), 4, 0), strict=True):
+        assert one.counts.count_M.device == one.code_NA.device == cuda
+        assert (one.counts.to_scipy() != other.counts.to_scipy()).nnz == 0
+        assert one.weight_NA.tolist() == other.weight_NA.tolist()
+    batch = next(iter(there))
     assert torch.equal(Thinning(0.0, 0.1, 0.0, 0.9)(batch.counts).count_M, batch.counts.count_M)
-    for moment, expected in zip(batch.counts.moments(), batch.counts.to("cpu").moments(), strict=True):
-        assert moment.cpu().numpy() == pytest.approx(expected.numpy(), rel=1e-4)
+
+
+@pytest.mark.gpu
+def test_a_resident_minibatch_waits_for_nothing(store: CellStore) -> None:
+    cuda = torch.device("cuda", torch.cuda.current_device())
+    loader = iter(MinibatchLoader(cells(store).beside(resident(store, np.arange(N), cuda)), np.arange(N), 4, 0))
+    next(loader)  # brings the order of the epoch
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in loader:
+            batch.counts.cell_M()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ from numpy.typing import NDArray
 
 from carvae.errors import ReadError
 
-FORMAT = 1
+FORMAT = 2
 """Version of the layout; a store of another version is built again."""
 CHUNK = 1 << 17
 """Entries of a compressed chunk."""
 SHARD = 1 << 22
 """Entries of a shard (one file)."""
+GAP = 1 << 10
+"""Unwanted cells between wanted ones that are read along: fewer would not make up for another access."""
 WHOLE: Any = {"write_empty_chunks": True}
 """Parts that hold nothing but zeros are written too, so that one which is not there was lost."""
 
@@ -68,7 +71,7 @@ class StoreWriter:
         self._obs: list[pd.DataFrame] = []
         self._content = {part: hashlib.sha256() for part in ("size", "gene", "count")}
         self._pending: list[sp.csr_matrix] = []
-        self._n_entries = 0
+        self._n_entries = self._largest = 0
 
     def append(self, counts: sp.csr_matrix, obs: pd.DataFrame) -> None:
         """Add cells: integer counts over the panel and their contract columns."""
@@ -78,6 +81,7 @@ class StoreWriter:
         self._indptr.append(counts.indptr[1:].astype(np.int64) + self._indptr[-1][-1])
         self._obs.append(obs)
         self._pending.append(counts)
+        self._largest = max(self._largest, int(counts.data.max(initial=0)))
         self._content["size"].update(np.diff(counts.indptr).astype(np.int64).tobytes())
         self._content["gene"].update(counts.indices.astype(np.int64).tobytes())
         self._content["count"].update(counts.data.astype(np.int64).tobytes())
@@ -97,6 +101,7 @@ class StoreWriter:
                 "format": FORMAT,
                 "fingerprint": self.header.fingerprint,
                 "content": self._fingerprint(obs),
+                "largest": self._largest,
                 "genes": list(self.header.genes),
                 "studies": list(self.header.studies),
                 "receipt": self.header.receipt,
@@ -156,6 +161,7 @@ class CellStore:
                 receipt=attrs["receipt"],
             )
             self.content = str(attrs["content"])
+            self.largest = int(attrs["largest"])
             self.columns = tuple(str(name) for name in attrs["columns"])
             arrays = ("measured", "indptr", "gene", "count", *(f"obs/{name}" for name in self.columns))
             if lost := [name for name in arrays if _lost(self._array(name))]:
@@ -169,6 +175,11 @@ class CellStore:
     def n_cells(self) -> int:
         """N, the number of cells."""
         return int(self._array("indptr").shape[0]) - 1
+
+    @cached_property
+    def indptr(self) -> NDArray[np.int64]:
+        """Where each cell's entries begin, int64 [N + 1]."""
+        return self._values("indptr").astype(np.int64)
 
     @property
     def measured(self) -> NDArray[np.bool_]:
@@ -184,21 +195,39 @@ class CellStore:
             columns[name] = values if categories is None else pd.Categorical.from_codes(values, categories)
         return pd.DataFrame(columns)
 
-    def counts(self) -> sp.csr_matrix:
-        """All panel counts in memory."""
-        return next(self.chunks(self.n_cells))
+    def entries(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How many counts of each of the given cells are not zero."""
+        sizes: NDArray[np.int64] = self.indptr[rows + 1] - self.indptr[rows]
+        return sizes
 
-    def chunks(self, size: int) -> Iterator[sp.csr_matrix]:
-        """Panel counts, ``size`` cells at a time, in order."""
-        indptr = self._values("indptr").astype(np.int64)
-        for start in range(0, self.n_cells, size):
-            stop = min(start + size, self.n_cells)
-            first, last = int(indptr[start]), int(indptr[stop])
-            gene = self._values("gene", first, last).astype(np.int32)
-            count = self._values("count", first, last).astype(np.float32)
-            yield sp.csr_matrix(
-                (count, gene, indptr[start : stop + 1] - first), shape=(stop - start, len(self.header.genes))
-            )
+    def counts(self, rows: NDArray[np.int64] | None = None) -> sp.csr_matrix:
+        """Panel counts of the given cells (ascending; by default all) in memory, float32."""
+        rows = np.arange(self.n_cells) if rows is None else rows
+        indptr = np.append(0, np.cumsum(self.entries(rows)))
+        gene, count = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], np.float32)
+        first = 0
+        for gene_M, count_M in self.read(rows):
+            here = slice(first, first + gene_M.size)
+            gene[here], count[here] = gene_M, count_M
+            first = here.stop
+        return sp.csr_matrix((count, gene, indptr), shape=(rows.size, len(self.header.genes)))
+
+    def read(self, rows: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.unsignedinteger], NDArray[np.uint32]]]:
+        """Genes and counts of the entries of the given cells (ascending), in order, at most about a shard at a time."""
+        apart = np.flatnonzero(np.diff(rows) > GAP) + 1
+        for stretch in np.split(rows, apart) if rows.size else []:
+            begin = self.indptr[stretch[0]]
+            pieces = np.flatnonzero(np.diff((self.indptr[stretch] - begin) // SHARD)) + 1
+            for piece in np.split(stretch, pieces):
+                start, stop = int(piece[0]), int(piece[-1]) + 1
+                first, last = int(self.indptr[start]), int(self.indptr[stop])
+                gene, count = self._values("gene", first, last), self._values("count", first, last)
+                if piece.size < stop - start:
+                    wanted = np.zeros(stop - start, np.bool_)
+                    wanted[piece - start] = True
+                    kept = np.repeat(wanted, np.diff(self.indptr[start : stop + 1]))
+                    gene, count = gene[kept], count[kept]
+                yield gene, count
 
     def _values(self, name: str, first: int = 0, last: int | None = None) -> NDArray[Any]:
         try:

@@ -125,6 +125,6 @@ def _flat(label: pd.Series[str], study: pd.Series[str], how: MappingOf[str, Stud
         raise LabelError(
             f"study {mapped[0]!r} maps its labels, but labels.tree is 'flat'; set labels.tree=tree or drop the mapping"
         )
-    missing = study.astype(str).map(lambda name: set(how[name].missing)).to_numpy()
-    kept = [text for text, unwanted in zip(label.astype(str), missing, strict=True) if text and text not in unwanted]
-    return LabelTree.flat(kept)
+    occurring = pd.DataFrame({"label": label.to_numpy(), "study": study.to_numpy()}).drop_duplicates().astype(str)
+    pairs = zip(occurring["label"], occurring["study"], strict=True)
+    return LabelTree.flat([text for text, name in pairs if text and text not in how[name].missing])

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from carvae.config import Config, label_file
 from carvae.data.loader import CellData
+from carvae.data.residence import Streamed
 from carvae.data.schema import NAMES
-from carvae.data.sparse import CountsCSR
 from carvae.data.split import PatientSplit
 from carvae.data.store import CellStore
 from carvae.errors import ConfigError
@@ -33,11 +33,10 @@ SCORE = "score_"
 
 @dataclass(frozen=True, slots=True)
 class Cohort:
-    """All cells of a store, ready for training."""
+    """All cells of a store, ready for training; their counts stay there."""
 
     store: CellStore
     obs: pd.DataFrame
-    counts: CountsCSR
     covariate_NC: NDArray[np.int64]
     n_categories: dict[str, int]
     study_N: NDArray[np.int64]
@@ -67,7 +66,6 @@ class Cohort:
         return cls(
             store=store,
             obs=obs,
-            counts=CountsCSR.from_scipy(store.counts()),
             covariate_NC=np.stack([*codes.values()], axis=1) if codes else np.zeros((len(obs), 0), np.int64),
             n_categories={name: int(code.max()) + 1 for name, code in codes.items()},
             study_N=pd.Categorical(obs[SOURCE].astype(str), categories=store.header.studies).codes.astype(np.int64),
@@ -117,7 +115,10 @@ class Cohort:
         return {axis.axis: torch.from_numpy(axis.allowed) for axis in self.cohort_labels.labels.axes}
 
     def data(self, train: NDArray[np.int64], config: Config) -> CellData:
-        """The cells as tensors, with weights and known categories taken from the training cells alone."""
+        """The cells as tensors, with weights and known categories taken from the training cells alone.
+
+        Their counts stay in the store; `CellData.beside` brings them nearer.
+        """
         axes = self.cohort_labels.labels.axes if self.cohort_labels else ()
         code_NA = np.zeros((len(self.obs), len(axes)), np.int64)
         weight_NA = np.zeros((len(self.obs), len(axes)), np.float32)
@@ -127,7 +128,7 @@ class Cohort:
             weight_NA[axis.weak, a] *= config.train.weak_weight
         measured = self.store.measured
         return CellData(
-            counts=self.counts,
+            counts=Streamed(self.store, torch.device("cpu")),
             covariate_NC=torch.from_numpy(_known_categories(self.covariate_NC, train)),
             unmeasured_SG=None if measured.all() else torch.from_numpy(~measured),
             study_N=torch.from_numpy(self.study_N),

@@ -46,6 +46,7 @@ class StaticMinibatch:
                 counts.n_genes,
             ),
             *(None if tensor is None else torch.empty_like(tensor) for tensor in _beside(like)),  # type: ignore[arg-type]
+            n_counted=like.n_counted,
         )
 
     def load(self, batch: Minibatch) -> None:
@@ -123,7 +124,7 @@ class GraphedStep:
         values = torch.stack([*parts.values()])
         if self._sums is None:
             self._names, self._sums = tuple(parts), torch.zeros_like(values)
-        self._sums.add_(values, alpha=batch.counts.n_cells)
+        self._sums.add_(values, alpha=batch.n_counted)
 
     def _warm_up(self, batch: Minibatch) -> None:
         """A step on a stream beside the usual one, as torch asks for before a recording."""

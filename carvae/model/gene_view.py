@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from carvae.config import ModelConfig
-from carvae.data.loader import CellData
+from carvae.data.loader import CellData, MinibatchLoader
 from carvae.data.sparse import CountsCSR
 from carvae.model.fused import sparse_product
 from carvae.model.heads import StateHead, label_loss, log_normalised
@@ -61,14 +61,14 @@ def fit_gene_view(
         return
     if rows.size > MAX_CELLS:
         rows = np.sort(rng.choice(rows, MAX_CELLS, replace=False))
-    rows_N = torch.from_numpy(rows)
-    counts = data.counts.rows(rows_N)
+    (cells,) = MinibatchLoader(data, rows, rows.size)
+    counts = cells.counts
     value_M = log_normalised(counts)
     scale_G = _deviation_G(counts, value_M).clamp(min=1e-3).rsqrt()  # bounds what a gene seen in one cell can say
     scaled_M = value_M * scale_G[counts.gene_M]
     for a, (classifier, allowed_LS) in enumerate(zip(head.axes, allowed, strict=True)):
         parts_FS = classifier.get_buffer("parts_SF").t()
-        labels = data.code_NA[rows_N, a], allowed_LS, data.weight_NA[rows_N, a]
+        labels = cells.code_NA[:, a], allowed_LS, cells.weight_NA[:, a]
         weight_GF, bias_F = _solve(counts, scaled_M, parts_FS, labels, config.gene_penalty)
         classifier.get_buffer("gene_weight_GF").copy_(weight_GF * scale_G[:, None])
         classifier.get_buffer("gene_bias_F").copy_(bias_F)

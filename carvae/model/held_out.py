@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 
 from carvae.data.split import PatientSplit
 from carvae.labels.axis import main_first
@@ -22,20 +21,22 @@ GENE_LOSS_DRAWS = 5
 """Random choices of the missing genes per share."""
 MAX_CELLS = 5000
 """Held-out cells used for it."""
+CELLS_AT_A_TIME = 8192
+"""Held-out cells in memory together."""
 
 
 def held_out_metrics(network: Network, cohort: Cohort, split: PatientSplit, seed: int) -> dict[str, Any]:
     """Label scores on the held-out patients, and how they fall as genes go missing; empty without them."""
     if not split.validation.size or cohort.tree is None:
         return {}
-    counts = cohort.counts.rows(torch.from_numpy(split.validation)).to_scipy()
-    prediction = network.predict(counts)
+    parts = np.split(split.validation, np.arange(CELLS_AT_A_TIME, split.validation.size, CELLS_AT_A_TIME))
+    found = [network.predict(cohort.store.counts(part)).probability_NS for part in parts]
     scores: dict[str, AxisScores] = {}
     for axis in cohort.tree.axes:
-        truth_N = cohort.true_leaf(axis.name)[split.validation]
-        found = score_axis(prediction.probability_NS[axis.name], truth_N, axis.leaves)
-        if found is not None:
-            scores[axis.name] = found
+        probability_NS = np.concatenate([part[axis.name] for part in found])
+        score = score_axis(probability_NS, cohort.true_leaf(axis.name)[split.validation], axis.leaves)
+        if score is not None:
+            scores[axis.name] = score
     if not scores:
         return {}
     main = main_first(scores)[0]
@@ -53,8 +54,8 @@ def _by_missing_genes(
     assert cohort.tree is not None
     truth = cohort.true_leaf(axis)
     labelled = split.validation[truth[split.validation] >= 0]
-    cells = rng.permutation(labelled)[:MAX_CELLS]
-    counts = cohort.counts.rows(torch.from_numpy(cells)).to_scipy()
+    cells = np.sort(rng.permutation(labelled)[:MAX_CELLS])
+    counts = cohort.store.counts(cells)
     means = {}
     for share in GENE_LOSS_GRID:
         found = []

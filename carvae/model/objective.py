@@ -1,6 +1,7 @@
 """What training minimises, and its steps: ELBO on all cells, label loss on the labelled.
 
-The noise of a step is a function of the seed and the step, the order of cells of the seed and the epoch.
+The noise of a step is a function of the seed and the step, the order of cells of the seed and the epoch. Of several
+processes each computes its part of every minibatch; gradients, sums and predictions are put together (`processes`).
 
 Axes: N cells, A label axes, S leaves.
 """
@@ -10,16 +11,20 @@ from __future__ import annotations
 import logging
 import math
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as lightning
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from carvae.config import Config
 from carvae.data.loader import CellData, Chunks, Minibatch, MinibatchLoader, Thinning, seed_step
 from carvae.data.split import PatientSplit
 from carvae.errors import TrainError
+from carvae.model import processes
 from carvae.model.cohort import Cohort
 from carvae.model.cuda_graph import GraphedStep
 from carvae.model.heads import label_loss
@@ -59,6 +64,7 @@ class Objective(lightning.LightningModule):
         self.automatic_optimization = False
         self.network = network
         self.data, self.split, self.config = data, split, config
+        self.store, self.share = cohort.store, processes.share(config)
         self.leaves = {} if cohort.tree is None else {axis.name: axis.leaves for axis in cohort.tree.axes}
         self.truth = {axis: cohort.true_leaf(axis)[split.validation] for axis in self.leaves}
         for a, allowed_LS in enumerate(cohort.allowed().values()):
@@ -72,21 +78,26 @@ class Objective(lightning.LightningModule):
         self._val_loss: float | None = None
         self._train_sums: dict[str, Tensor] = {}
         self._held_out: list[dict[str, Tensor]] = []
+        self._due: Iterator[Minibatch] = iter(())
 
     def train_dataloader(self) -> Chunks:
         """Training cells, in the order of this epoch."""
-        rows, size = self.split.train, self.config.train.batch_size
-        return Chunks(MinibatchLoader(self.data, rows, size, self.config.seed, self.current_epoch), STEPS_PER_CALL)
+        rows, size, seed = self.split.train, self.config.train.batch_size, self.config.seed
+        return Chunks(MinibatchLoader(self.data, rows, size, seed, self.current_epoch, self.share), STEPS_PER_CALL)
 
     def val_dataloader(self) -> MinibatchLoader | list[Any]:
-        """Cells of held-out patients, in order."""
-        rows = self.split.validation
-        return MinibatchLoader(self.data, rows, max(1024, self.config.train.batch_size)) if rows.size else []
+        """Cells of held-out patients, in the same order every time."""
+        return self._watched() if self.split.validation.size else []
+
+    def on_train_batch_start(self, batch: list[Minibatch], batch_idx: int) -> None:
+        """Note how many cells stand behind the gradients of the coming steps."""
+        self._due = iter(batch)
 
     def on_train_start(self) -> None:
         """Make the optimiser, after a checkpoint was read, one that a graph can record: it reads a tensor each time."""
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
-        graphs = self.device.type == "cuda" and self.config.train.cuda_graph
+        alone = processes.world() == 1  # a graph would not wait for the gradients of others
+        graphs = self.device.type == "cuda" and self.config.train.cuda_graph and alone
         for group in optimizer.param_groups:
             group["capturable"] = graphs
             group["lr"] = torch.as_tensor(group["lr"], device=self.device) if graphs else float(group["lr"])
@@ -135,7 +146,7 @@ class Objective(lightning.LightningModule):
         loss, parts = self._loss(batch, None, self.config.train.kl_weight)
         self._accumulate(parts | {"val_loss": loss}, batch)
         _, log_probability = self.network(batch.counts)
-        self._held_out.append({axis: p.exp().cpu() for axis, p in log_probability.items()})
+        self._held_out.append({axis: p[: batch.n_counted].exp().cpu() for axis, p in log_probability.items()})
 
     def on_validation_epoch_end(self) -> None:
         """Log held-out losses and label scores over the whole held-out set."""
@@ -144,8 +155,7 @@ class Objective(lightning.LightningModule):
         self._val_loss = means["val_loss"]
         self.log_dict({name if name == "val_loss" else f"val_{name}": value for name, value in means.items()})
         for axis, leaves in self.leaves.items():
-            probability = torch.cat([p[axis] for p in self._held_out]).float().numpy()
-            scores = score_axis(probability, self.truth[axis], leaves)
+            scores = score_axis(self._held_out_probability(axis), self.truth[axis], leaves)
             if scores is not None:
                 self.scores[axis] = scores
                 self.log_dict({f"val_{axis}_macro_f1": scores.macro_f1, f"val_{axis}_ece": scores.ece})
@@ -154,10 +164,10 @@ class Objective(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Adam with a cosine schedule; eps at 1e-8, since gradients of rare genes are smaller than scvi's 0.01."""
-        train = self.config.train
-        optimizer = torch.optim.Adam(
-            self.network.parameters(), lr=train.lr, eps=1e-8, weight_decay=train.weight_decay, fused=True
-        )
+        train, parameters = self.config.train, list(self.network.parameters())
+        optimizer = torch.optim.Adam(parameters, lr=train.lr, eps=1e-8, weight_decay=train.weight_decay, fused=True)
+        if processes.world() > 1:
+            optimizer.register_step_pre_hook(lambda *_: processes.mean_gradients(parameters, next(self._due).n_counted))
 
         def factor(step: int) -> float:
             done = min(step / self.n_steps, 1.0)
@@ -191,12 +201,12 @@ class Objective(lightning.LightningModule):
 
     def _most_entries(self) -> int:
         """Non-zero counts of a minibatch, at most: those of the cells that have most."""
-        size_N = self.data.counts.indptr_N.diff()
-        return int(size_N.topk(min(self.config.train.batch_size, len(size_N))).values.sum())
+        most_first_N = np.sort(self.store.entries(self.split.train))[::-1]
+        return int(most_first_N[: self.config.train.batch_size].sum())
 
     def _accumulate(self, parts: dict[str, Tensor], batch: Minibatch) -> None:
         """Sum over cells on the device; nothing is read back before the epoch ends."""
-        n = batch.counts.n_cells
+        n = batch.n_counted
         for name, value in (parts | {"n": torch.ones_like(next(iter(parts.values())))}).items():
             self._sums[name] = self._sums.get(name, 0.0) + n * value.detach()
 
@@ -207,7 +217,22 @@ class Objective(lightning.LightningModule):
             )
 
     def _means(self) -> dict[str, float]:
-        n = self._sums.pop("n")
-        means = {name: float(value / n) for name, value in self._sums.items()}
+        """Means over the cells of all processes."""
+        *sums, n = processes.total(torch.stack([*self._sums.values()])).tolist()
+        means = {name: value / n for name, value in zip(self._sums, sums, strict=False)}
         self._sums = {}
         return means
+
+    def _watched(self) -> MinibatchLoader:
+        size = max(1024, self.config.train.batch_size)
+        return MinibatchLoader(self.data, self.split.validation, size, share=self.share)
+
+    def _held_out_probability(self, axis: str) -> NDArray[np.float32]:
+        """Leaf probabilities of all held-out cells, in their order, from all processes; shape (N, S)."""
+        mine_NS = torch.cat([p[axis] for p in self._held_out]).float()
+        order, rows = self._watched().visits(), self.split.validation
+        cells = order.everyone[order.place_N][: len(mine_NS)]
+        all_NS = mine_NS.new_zeros(rows.size, mine_NS.shape[1])
+        all_NS[np.searchsorted(rows, cells)] = mine_NS
+        probability: NDArray[np.float32] = processes.total(all_NS.to(self.device)).cpu().numpy()
+        return probability
