@@ -31,7 +31,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from carvae import __version__
 from carvae.config import Config, label_file
-from carvae.data.split import PatientSplit, split_patients
+from carvae.data.split import PatientSplit, patient_folds, split_patients
 from carvae.data.store import CellStore
 from carvae.errors import TrainError
 from carvae.ingest import run as ingest
@@ -47,6 +47,7 @@ from carvae.model.metrics import AxisScores
 from carvae.model.network import Network
 from carvae.model.objective import Objective
 from carvae.model.run_log import rows_before, wandb_mode
+from carvae.model.witness import Witness, learn, measure, reference_of, witness
 
 log = logging.getLogger(__name__)
 
@@ -84,17 +85,44 @@ def run(config: Config) -> Path:
     for axis, score in metrics.get("held_out", {}).items():
         macro_f1 = f", macro-F1 {score['macro_f1']:.3f}" if len(score["recall"]) > 1 else ""
         log.info("held-out patients, %s: accuracy %.3f%s", axis, score["accuracy"], macro_f1)
+    witnesses = _witnesses(result.network, cohort, split, config, work)
+    known = split.train
     if config.train.refit and split.validation.size:
         everyone = np.arange(len(cohort.obs), dtype=np.int64)
         metrics["refit"] = True
         log.info("training again on all patients")
         result = fit(cohort, PatientSplit(everyone, everyone[:0], ()), config, work / "refit")
         metrics["epochs"] = result.n_epochs
-    path = _bundle(result.network, cohort, config, metrics).save(config.output)
-    for stage in ("fit", "refit"):
-        shutil.rmtree(work / stage / "checkpoints", ignore_errors=True)
+        known = everyone
+    bundle = _bundle(result.network, cohort, config, metrics)
+    if witnesses:
+        reference = reference_of(result.network, cohort, known, config.ingest.identity_genes)
+        bundle.trust = learn(witnesses, reference, config.train.unknown_rate)
+        metrics["trust"] = measure(witnesses, config.train.unknown_rate)
+    bundle.card = write_card(bundle)
+    path = bundle.save(config.output)
+    for checkpoints in work.glob("*/checkpoints"):
+        shutil.rmtree(checkpoints, ignore_errors=True)
     log.info("model written to %s", path)
     return path
+
+
+def _witnesses(network: Network, cohort: Cohort, split: PatientSplit, config: Config, work: Path) -> list[Witness]:
+    """Networks beside cells that they did not see; none without labels or without a patient to hold out."""
+    if cohort.tree is None:
+        return []
+    rng, identity = np.random.default_rng((config.seed, 4)), config.ingest.identity_genes
+    if not config.train.calibration_folds:
+        return [witness(network, cohort, split, identity, rng)] if split.validation.size else []
+    folds = patient_folds(cohort.obs["patient"], cohort.labelled_N, config.train.calibration_folds)
+    if len(folds) == 1:
+        return []
+    found = []
+    for k, fold in enumerate(folds):
+        log.info("training without patients of group %d of %d, to learn how sure labels are", k + 1, len(folds))
+        result = fit(cohort, PatientSplit(fold.train, fold.train[:0], ()), config, work / f"fold{k}")
+        found.append(witness(result.network, cohort, fold, identity, rng))
+    return found
 
 
 def fit(cohort: Cohort, split: PatientSplit, config: Config, folder: Path) -> Fit:
@@ -248,7 +276,7 @@ def _bundle(network: Network, cohort: Cohort, config: Config, metrics: dict[str,
         weak_labels=cohort.weak,
         libraries={name: version(name) for name in ("torch", "scvi-tools", "anndata", "lightning", "numpy")},
     )
-    bundle = Bundle(
+    return Bundle(
         network=network,
         genes=cohort.store.header.genes,
         tree=cohort.tree,
@@ -259,5 +287,3 @@ def _bundle(network: Network, cohort: Cohort, config: Config, metrics: dict[str,
         provenance=provenance,
         metrics=metrics,
     )
-    bundle.card = write_card(bundle)
-    return bundle

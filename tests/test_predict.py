@@ -79,7 +79,11 @@ def test_a_cell_with_too_few_counts_is_unknown_but_has_a_likeliest_state(world: 
     result = annotate(world.query, bundle, PredictConfig(min_counts=least))
     shallow = total < least
     assert 0 < shallow.sum() <= 10
-    assert list(result.obs["carvae_state"].astype(str) == "unknown") == list(shallow)
+    assert bundle.trust is not None
+    strange = (result.obs["carvae_novelty"] > 1 - bundle.trust.unknown_rate).to_numpy()  # never where novelty is empty
+    assert list(result.obs["carvae_state"].astype(str) == "unknown") == list(shallow | strange)
+    assert list(result.obs["carvae_novelty"].isna()) == list(shallow)
+    assert strange.mean() < 0.3  # the query is of another study, but of the same states
     assert (result.obs["carvae_confidence"].to_numpy()[shallow] == 0).all()
     assert "unknown" not in set(result.obs["carvae_state_best"].astype(str))
     np.testing.assert_array_equal(result.obs["carvae_n_counts"], counts.sum(axis=1))
