@@ -173,9 +173,7 @@ class _Stream:
         latent, probability, tables = [], [], []
         for chunk in self.source.chunks(self.config.chunk_size):
             panel = (chunk @ self.matrix).tocsr()
-            trust, network = self.bundle.trust, self.bundle.network
-            sure = trust is not None and self.label
-            prediction = trust.judge(network, panel, self.present) if sure and trust else network.predict(panel)
+            prediction = self._predict(panel)
             latent.append(prediction.latent_NK)
             if self.label:
                 probability.append(prediction.probability_NS)
@@ -185,6 +183,10 @@ class _Stream:
         axes = probability[0] if probability else ()
         scored = {a: np.concatenate([p[a] for p in probability]) for a in axes}
         return _Part(cells, self.sample, np.concatenate(latent), scored, self.receipt)
+
+    def _predict(self, panel: sp.csr_matrix) -> Prediction | Judged:
+        trust, network = self.bundle.trust, self.bundle.network
+        return trust.judge(network, panel, self.present) if trust and self.label else network.predict(panel)
 
     def _table(self, chunk: sp.csr_matrix, panel: sp.csr_matrix, prediction: Prediction | Judged) -> pd.DataFrame:
         assert self.bundle.tree is not None

@@ -67,7 +67,8 @@ def test_identity_counts_what_is_missing_of_what_is_measured() -> None:
     identity = VIEWS.index("identity")
     of = observed_of(np.zeros((3, 2)))
     seen = views(of, found, cells, EVERY)[:, identity]
-    np.testing.assert_allclose(seen, [0, (20 / 6) / np.sqrt(20 / 6 + 1), (20 / 6) / np.sqrt(20 / 6 + 1)], rtol=1e-5)
+    bare = (20 / 6) / np.sqrt(20 / 6 + 1)
+    np.testing.assert_allclose(seen, [0, bare, bare], rtol=1e-5, atol=1e-6)
     unmeasured = EVERY.copy()
     unmeasured[:2] = False
     np.testing.assert_allclose(views(of, found, cells, unmeasured)[1:, identity], 0)
@@ -81,7 +82,7 @@ def test_novelty_is_uniform_on_cells_like_the_held_out_ones_and_high_on_stranger
     novelty = scale.novelty(held_out[4000:], bin_n[4000:])
     for b in (0, 1):
         for share in (0.5, 0.9, 0.95, 0.99):
-            assert (novelty[bin_n[4000:] == b] <= share).mean() == pytest.approx(share, abs=0.03)
+            assert (novelty[bin_n[4000:] == b] <= share).mean() == pytest.approx(share, abs=0.05)
     for view in range(len(VIEWS)):
         stranger = np.full((1, len(VIEWS)), 1.0)
         stranger[0, view] = 100.0
@@ -90,10 +91,22 @@ def test_novelty_is_uniform_on_cells_like_the_held_out_ones_and_high_on_stranger
 
 
 def test_levels_are_quantiles_in_order() -> None:
-    assert LEVELS[0] == 0
-    assert LEVELS[-1] == 1
+    assert LEVELS[[0, -1]].tolist() == [0, 1]
     assert (np.diff(LEVELS) > 0).all()
-    assert 0.95 in LEVELS.round(3) or np.diff(LEVELS[np.searchsorted(LEVELS, 0.95) - 1 :][:2])[0] < 0.02
+    assert np.diff(LEVELS[LEVELS > 0.89]).max() < 0.03  # where the threshold lies
+
+
+def test_a_view_in_which_all_cells_are_alike_makes_nobody_strange() -> None:
+    rng = np.random.default_rng(3)
+    held_out = np.zeros((500, len(VIEWS)))
+    held_out[:, 0] = rng.normal(size=500)
+    novelty = Scale.fit(held_out, np.zeros(500, np.int64), 1).novelty(held_out, np.zeros(500, np.int64))
+    assert (novelty > 0.9).mean() == pytest.approx(0.1, abs=0.02)
+    shallow = np.zeros((4, len(VIEWS)))
+    assert (
+        Scale.fit(np.zeros((50, len(VIEWS))), np.zeros(50, np.int64), 1).novelty(shallow, np.zeros(4, np.int64)).max()
+        == 0
+    )
 
 
 def test_observation_agrees_with_prediction_and_with_a_plain_misfit() -> None:
