@@ -86,7 +86,7 @@ def test_novelty_is_uniform_on_cells_like_the_held_out_ones_and_high_on_stranger
     for view in range(len(VIEWS)):
         stranger = np.full((1, len(VIEWS)), 1.0)
         stranger[0, view] = 100.0
-        assert scale.novelty(stranger, np.zeros(1, np.int64))[0] == 1.0
+        assert scale.novelty(stranger, np.zeros(1, np.int64))[0] > 0.99
     assert scale.novelty(np.full((1, len(VIEWS)), 1.0), np.zeros(1, np.int64))[0] < 0.9
 
 
