@@ -6,6 +6,7 @@ import json
 import tracemalloc
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import anndata as ad
@@ -87,6 +88,27 @@ def test_a_cell_with_too_few_counts_is_unknown_but_has_a_likeliest_state(world: 
     assert (result.obs["carvae_confidence"].to_numpy()[shallow] == 0).all()
     assert "unknown" not in set(result.obs["carvae_state_best"].astype(str))
     np.testing.assert_array_equal(result.obs["carvae_n_counts"], counts.sum(axis=1))
+
+
+def test_a_stated_coverage_adds_sets_that_grow_with_it(world: World, bundle: Bundle, annotated: AnnData) -> None:
+    small, large = (annotate(world.query, bundle, PredictConfig(coverage=share)).obs for share in (0.6, 0.97))
+    unknown = (annotated.obs["carvae_state"].astype(str) == "unknown").to_numpy()
+    assert "carvae_set" not in annotated.obs
+    for obs in (small, large):
+        assert list(obs["carvae_set"] == "unknown") == list(unknown)
+        assert list(obs["carvae_state"].astype(str)) == list(annotated.obs["carvae_state"].astype(str))
+    pairs = zip(small["carvae_set"][~unknown], large["carvae_set"][~unknown], strict=True)
+    assert all(set(few.split(" | ")) <= set(many.split(" | ")) for few, many in pairs)
+    truth = annotated.obs["true_state"].astype(str).to_numpy()[~unknown]
+    held = [state in text.split(" | ") for state, text in zip(truth, large["carvae_set"][~unknown], strict=True)]
+    assert np.mean(held) > 0.85
+    assert bundle.tree is not None
+    assert set(small["carvae_state_sure"]) <= {*bundle.tree["state"].nodes, "unknown"}
+
+
+def test_sets_need_a_model_that_learned_them(world: World) -> None:
+    with pytest.raises(BundleError, match=r"train.validation_share or train.calibration_folds"):
+        annotate(world.query, replace(load(world.bundle), trust=None), PredictConfig(coverage=0.9))
 
 
 def test_results_of_an_earlier_run_are_replaced_and_nothing_else(world: World, bundle: Bundle) -> None:
