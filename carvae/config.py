@@ -150,8 +150,8 @@ class TrainConfig(Section):
     """After the held-out run, which gives the scores, train again on all patients for the whole schedule: for small
     cohorts, where a held-out patient is dear and one patient's loss a poor guide to when to stop."""
     calibration_folds: Literal[0, 2, 3, 4, 5, 6, 7, 8, 9, 10] = 0
-    """How sure the labels are is learned on held-out patients: with 0 on those of ``validation_share``; with K (2 or
-    more) on all, in K groups, each labelled by a network trained on the others, at the cost of K more runs."""
+    """Groups of patients (of studies, where several have labels), each labelled by a network trained on the others, to
+    learn how sure labels are: calibration, sets, ``unknown``, verdicts. Costs as many more runs; 0 learns nothing."""
     unknown_rate: Fraction = 0.05
     """Share of held-out cells of known states that are called ``unknown``: the threshold on novelty is set for it."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"

@@ -105,7 +105,7 @@ def _results(
     if label and config.coverage is not None and bundle.trust is None:
         raise BundleError(
             "predict.coverage asks for sets of states, and this model was trained without patients held out to learn "
-            "them on; leave it out, or train with train.validation_share or train.calibration_folds"
+            "them on; leave it out, or train with train.calibration_folds"
         )
     parts = [_Stream(source, bundle, config, label=label).run() for source in sources]
     receipts = [part.receipt for part in parts]

@@ -85,7 +85,7 @@ def run(config: Config) -> Path:
     for axis, score in metrics.get("held_out", {}).items():
         macro_f1 = f", macro-F1 {score['macro_f1']:.3f}" if len(score["recall"]) > 1 else ""
         log.info("held-out patients, %s: accuracy %.3f%s", axis, score["accuracy"], macro_f1)
-    witnesses = _witnesses(result.network, cohort, split, config, work)
+    witnesses = _witnesses(cohort, config, work)
     known = split.train
     if config.train.refit and split.validation.size:
         everyone = np.arange(len(cohort.obs), dtype=np.int64)
@@ -107,19 +107,22 @@ def run(config: Config) -> Path:
     return path
 
 
-def _witnesses(network: Network, cohort: Cohort, split: PatientSplit, config: Config, work: Path) -> list[Witness]:
-    """Networks beside cells that they did not see; none without labels or without a patient to hold out."""
-    if cohort.tree is None:
+def _witnesses(cohort: Cohort, config: Config, work: Path) -> list[Witness]:
+    """Networks beside cells that they did not see; none unless asked for, or without labels or patients to hold out.
+
+    Whole studies are held out where several have labels: a query is of another study, which is stranger than a patient.
+    """
+    if cohort.tree is None or not config.train.calibration_folds:
         return []
-    rng, identity = np.random.default_rng((config.seed, 4)), config.ingest.identity_genes
-    if not config.train.calibration_folds:
-        return [witness(network, cohort, split, identity, rng)] if split.validation.size else []
-    folds = patient_folds(cohort.obs["patient"], cohort.labelled_N, config.train.calibration_folds)
+    several = cohort.obs["study"][cohort.labelled_N].nunique() > 1
+    unit = cohort.obs["study" if several else "patient"]
+    folds = patient_folds(unit, cohort.labelled_N, config.train.calibration_folds)
     if len(folds) == 1:
         return []
+    rng, identity = np.random.default_rng((config.seed, 4)), config.ingest.identity_genes
     found = []
     for k, fold in enumerate(folds):
-        log.info("training without patients of group %d of %d, to learn how sure labels are", k + 1, len(folds))
+        log.info("training without group %d of %d, to learn how sure labels are", k + 1, len(folds))
         result = fit(cohort, PatientSplit(fold.train, fold.train[:0], ()), config, work / f"fold{k}")
         found.append(witness(result.network, cohort, fold, identity, rng))
     return found

@@ -171,20 +171,16 @@ def test_the_table_of_samples_holds_what_the_cells_say(world: World, annotated: 
     for sample, row in table.iterrows():
         cells = (annotated.obs["library_id"] == sample).to_numpy()
         here = annotated.obs[cells]
-        used = here[here["carvae_state"] != "unknown"]
-        assert (row["n_cells"], row["n_cells_used"]) == (len(here), len(used))
-        assert row["fraction_unknown"] == pytest.approx(1 - len(used) / len(here))
-        assert row["verdict"] in {"in range", "with care", "out of range"}
-        assert (row["verdict"] == "in range") == pd.isna(row["verdict_reason"])
+        assert row["n_cells"] == row["n_cells_used"] == len(here)
         for state in annotated.uns["carvae"]["states"]["state"]:
-            assert row[f"fraction {state}"] == pytest.approx((used["carvae_state"] == state).mean())
+            assert row[f"fraction {state}"] == pytest.approx((here["carvae_state"] == state).mean())
         for gene in ("LAG3", "PDCD1", "HAVCR2"):
             if gene in symbols:
                 detected = np.asarray(world.query.X[cells][:, symbols == gene].sum(axis=1)).ravel() > 0
-                assert row[f"fraction {gene}+"] == pytest.approx(detected[(here["carvae_state"] != "unknown")].mean())
+                assert row[f"fraction {gene}+"] == pytest.approx(detected.mean())
         for score in [c for c in map(str, here) if c.startswith("carvae_score_")]:
             mean = row[f"mean {score.removeprefix('carvae_')}"]
-            assert mean == pytest.approx(used[score].mean(), abs=1e-6, nan_ok=True)
+            assert mean == pytest.approx(here[score].mean(), abs=1e-6, nan_ok=True)
 
 
 @pytest.mark.parametrize("ending", [".h5ad", ".csv"])
@@ -316,9 +312,8 @@ def test_a_real_10x_folder_is_annotated(world: World, tmp_path: Path) -> None:
     assert answer.code == 0, answer.err
     table = pd.read_csv(out, index_col="cell")
     assert len(table) > 100
-    assert table["carvae_state_best"].notna().all()  # real cells are strangers to simulated ones
+    assert table["carvae_state"].ne("unknown").mean() > 0.9
     assert np.isfinite(table[[c for c in map(str, table) if c.startswith("X_carvae_")]].to_numpy()).all()
     samples = pd.read_csv(tmp_path / "A.samples.csv")
     assert list(samples["sample"]) == [folder.name]
     assert list(samples["n_cells"]) == [len(table)]
-    assert list(samples["verdict"]) == ["out of range"]

@@ -23,7 +23,7 @@ class PatientSplit:
 
 
 def patient_folds(patient: pd.Series[str], labelled: NDArray[np.bool_], n_folds: int) -> list[PatientSplit]:
-    """Splits that hold out every patient once, in ``n_folds`` groups (fewer with fewer patients) of like size.
+    """Splits that hold out every patient (or study) once, in ``n_folds`` groups (fewer with fewer) of like size.
 
     The patient with most labelled cells (of cells, where none is labelled) goes first, each to the smallest group.
     """

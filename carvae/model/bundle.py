@@ -79,7 +79,7 @@ class Bundle:
     gene_policy: tuple[str, ...]
     provenance: Provenance
     trust: Trust | None = None
-    """How sure it is; None where no labelled patient was held out, and in bundles of layout 1."""
+    """How sure it is; None unless trained with ``train.calibration_folds``, and in bundles of layout 1."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """Held-out scores (see ``metrics.json``)."""
     card: str = ""
