@@ -30,7 +30,12 @@ def test_training_samples_are_in_range_of_themselves() -> None:
         (sample(unknown=0.97), 1.0, OUT_OF_RANGE, "97% of its cells are unknown"),
         (sample(unknown=0.13), 1.0, WITH_CARE, "13% of its cells are unknown"),
         (sample(distance=3.5), 1.0, WITH_CARE, "3.5 from the nearest training sample"),
-        (sample(depth=200), 1.0, WITH_CARE, "median depth 200 counts over the panel (training samples: at least 256)"),
+        (
+            sample(depth=200),
+            1.0,
+            WITH_CARE,
+            "median depth 200 counts over the panel (nine in ten in training: at least 256)",
+        ),
         (sample(depth=20), 1.0, OUT_OF_RANGE, "median depth 20"),
         (sample(), 0.8, WITH_CARE, "20% of the model's genes are missing"),
         (sample(), 0.4, OUT_OF_RANGE, "60% of the model's genes are missing"),
@@ -51,6 +56,14 @@ def test_the_worst_reason_comes_first() -> None:
     _, reason = limits.verdict(sample(unknown=0.12, depth=10), 1.0, 0.9, 0.5)
     assert reason.startswith("median depth 10")
     assert "12%" in reason
+
+
+def test_one_odd_training_sample_of_many_sets_no_limit() -> None:
+    many = SampleLimits.fit([*TRAINING * 4, sample(unknown=1.0)])
+    usual = SampleLimits.fit(TRAINING * 4)
+    assert many is not None
+    assert usual is not None
+    assert many.care_F[0] == usual.care_F[0] == pytest.approx(0.1)
 
 
 def test_small_samples_set_no_limits() -> None:

@@ -23,6 +23,8 @@ COVERAGES = (0.0, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 1.0)
 """Coverages whose thresholds are stored; between them they are interpolated."""
 MIN_CELLS = 20
 """Cells of a state that a bin needs for a threshold of its own."""
+MAX_GROUPS = 6
+"""Groups of patients, each judged by what the others taught."""
 LOG_TEMPERATURE = (-1.5, 2.5)
 """Where the logarithm of a temperature is sought."""
 
@@ -64,7 +66,9 @@ class Calibration:
 
     temperature_B: Floats
     threshold_BSC: Floats
-    """Set score below which a leaf belongs to the set, at each of `COVERAGES`."""
+    """Set score up to which a leaf belongs to the set, at each of `COVERAGES`."""
+    level_C: Floats
+    """Coverage of cells like those fitted on, at which cells of other patients are covered by each of `COVERAGES`."""
 
     @classmethod
     def fit(
@@ -73,8 +77,9 @@ class Calibration:
         truth_N: NDArray[np.integer],
         bin_N: NDArray[np.int64],
         n_bins: int,
+        patient_N: NDArray[np.object_],
     ) -> Calibration:
-        """Fit on held-out cells whose leaf is known."""
+        """Fit on held-out cells whose leaf is known; ``patient_N`` says whose they are."""
         everywhere = fit_temperature(log_probability_NS, truth_N)
         own = [
             fit_temperature(log_probability_NS[bin_N == b], truth_N[bin_N == b])
@@ -85,7 +90,8 @@ class Calibration:
         temperature_B = np.array(own, np.float32)
         probability_NS = tempered(log_probability_NS, temperature_B[bin_N])
         score_N = set_scores(probability_NS)[np.arange(truth_N.size), truth_N]
-        return cls(temperature_B, _thresholds(score_N, truth_N, bin_N, (n_bins, log_probability_NS.shape[1])))
+        scored = _Scored(score_N, truth_N, bin_N, (n_bins, log_probability_NS.shape[1]))
+        return cls(temperature_B, scored.thresholds(), _levels(scored, patient_N))
 
     def probability(self, log_probability_NS: NDArray[np.floating], bin_N: NDArray[np.int64]) -> Floats:
         """Calibrated probabilities."""
@@ -97,11 +103,13 @@ class Calibration:
         """Which leaves are compatible with each cell; never none of them.
 
         The true leaf is among them with probability ``coverage``, for each leaf by itself, in cells exchangeable with
-        the held-out ones of the same bin (Vovk 2012, doi:10.1007/s10994-013-5355-6).
+        the held-out ones of the same bin (Vovk 2012, doi:10.1007/s10994-013-5355-6). Cells of another patient are not
+        quite, so that as much more is asked as patients left out of the fit have needed.
         """
         at = np.array(COVERAGES)
-        i = min(int(np.searchsorted(at, coverage, "right")) - 1, at.size - 2)
-        part = (coverage - at[i]) / (at[i + 1] - at[i])
+        asked = float(np.interp(coverage, at, self.level_C))
+        i = min(int(np.searchsorted(at, asked, "right")) - 1, at.size - 2)
+        part = (asked - at[i]) / (at[i + 1] - at[i])
         low_BS, high_BS = self.threshold_BSC[..., i], self.threshold_BSC[..., i + 1]
         held_NS: NDArray[np.bool_] = set_scores(probability_NS) <= (low_BS + part * (high_BS - low_BS))[bin_N]
         held_NS[np.arange(len(held_NS)), probability_NS.argmax(1)] = True
@@ -137,19 +145,55 @@ def set_scores(probability_NS: NDArray[np.floating]) -> NDArray[np.floating]:
     return score_NS
 
 
-def _thresholds(
-    score_N: NDArray[np.floating], truth_N: NDArray[np.integer], bin_N: NDArray[np.int64], shape: tuple[int, int]
-) -> Floats:
-    """Quantiles of the true leaf's score: of the leaf in the bin, else of the leaf, else of the bin, else of all."""
-    n_bins, n_leaves = shape
-    table = np.empty((n_bins, n_leaves, len(COVERAGES)), np.float32)
-    for s in range(n_leaves):
-        for b in range(n_bins):
-            of_leaf, of_bin = truth_N == s, bin_N == b
-            pools = (of_leaf & of_bin, of_leaf, of_bin)
-            pool = next((p for p in pools if p.sum() >= MIN_CELLS), np.ones(truth_N.size, np.bool_))
-            table[b, s] = _quantiles(score_N[pool])
-    return table
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    """Set scores of the true leaves."""
+
+    score_N: NDArray[np.floating]
+    truth_N: NDArray[np.integer]
+    bin_N: NDArray[np.int64]
+    shape: tuple[int, int]
+    """Bins and leaves."""
+
+    def take(self, rows_N: NDArray[np.bool_]) -> _Scored:
+        return _Scored(self.score_N[rows_N], self.truth_N[rows_N], self.bin_N[rows_N], self.shape)
+
+    def thresholds(self) -> Floats:
+        """Quantiles of the score: of the leaf in the bin, else of the leaf, else of the bin, else of all; [B, S, C]."""
+        n_bins, n_leaves = self.shape
+        table = np.empty((n_bins, n_leaves, len(COVERAGES)), np.float32)
+        for s in range(n_leaves):
+            for b in range(n_bins):
+                of_leaf, of_bin = self.truth_N == s, self.bin_N == b
+                pools = (of_leaf & of_bin, of_leaf, of_bin)
+                pool = next((p for p in pools if p.sum() >= MIN_CELLS), np.ones(self.truth_N.size, np.bool_))
+                table[b, s] = _quantiles(self.score_N[pool])
+        return table
+
+
+def _levels(scored: _Scored, patient_N: NDArray[np.object_]) -> Floats:
+    """Quantiles of the coverage at which a true leaf enters its set, each group of patients judged by the others."""
+    patients, code_N = np.unique(patient_N.astype(str), return_inverse=True)
+    if patients.size == 1:
+        return np.array(COVERAGES, np.float32)
+    group_N = code_N % MAX_GROUPS
+    level_N = np.empty(scored.score_N.size)
+    for group in np.unique(group_N):
+        out = group_N == group
+        table = scored.take(~out).thresholds()
+        level_N[out] = _entering(scored.score_N[out], table[scored.bin_N[out], scored.truth_N[out]])
+    return _quantiles(level_N).astype(np.float32)
+
+
+def _entering(score_N: NDArray[np.floating], threshold_NC: Floats) -> NDArray[np.floating]:
+    """Coverage at which each score meets its threshold, by interpolation."""
+    at = np.array(COVERAGES)
+    above_N = np.clip((threshold_NC < score_N[:, None]).sum(1), 1, at.size - 1)
+    rows = np.arange(score_N.size)
+    low_N, high_N = threshold_NC[rows, above_N - 1], threshold_NC[rows, above_N]
+    part_N = np.clip((score_N - low_N) / np.maximum(high_N - low_N, 1e-9), 0, 1)
+    level_N: NDArray[np.floating] = at[above_N - 1] + part_N * (at[above_N] - at[above_N - 1])
+    return level_N
 
 
 def _quantiles(score_N: NDArray[np.floating]) -> NDArray[np.floating]:

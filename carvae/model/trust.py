@@ -110,7 +110,9 @@ class Trust:
             and self.scale.view_BTQ.shape == (b, len(VIEWS), q)
             and self.scale.whole_BQ.shape == (b, q)
             and all(
-                c.temperature_B.shape == (b,) and c.threshold_BSC.shape == (b, leaves.get(axis), len(COVERAGES))
+                c.temperature_B.shape == (b,)
+                and c.level_C.shape == (len(COVERAGES),)
+                and c.threshold_BSC.shape == (b, leaves.get(axis), len(COVERAGES))
                 for axis, c in self.calibration.items()
             )
             and (self.limits is None or self.limits.care_F.shape == self.limits.out_F.shape == (len(FIGURES),))

@@ -15,14 +15,16 @@ from carvae.model.novelty import Reference
 Floats = NDArray[np.float32]
 
 FIGURES = {
-    "fraction_unknown": "{value:.0%} of its cells are unknown (training samples: at most {limit:.0%})",
-    "mean_novelty": "mean novelty {value:.2f} (training samples: at most {limit:.2f})",
-    "batch_distance": "its mean lies {value:.1f} from the nearest training sample (among those: at most {limit:.1f})",
-    "shallowness": "median depth {depth:.0f} counts over the panel (training samples: at least {least:.0f})",
+    "fraction_unknown": "{value:.0%} of its cells are unknown (nine in ten in training: at most {limit:.0%})",
+    "mean_novelty": "mean novelty {value:.2f} (nine in ten in training: at most {limit:.2f})",
+    "batch_distance": "its mean lies {value:.1f} from the nearest training sample (nine in ten of them: at most {limit:.1f})",
+    "shallowness": "median depth {depth:.0f} counts over the panel (nine in ten in training: at least {least:.0f})",
 }
 """Figures in which more is worse -> what is said of a sample beyond its limit. Shallowness is -log2 of the median
 counts over the panel, on which a halving is a step."""
 IN_RANGE, WITH_CARE, OUT_OF_RANGE = "in range", "with care", "out of range"
+MOST = 0.9
+"""Share of the training samples that are in range by definition: one may be odd itself."""
 MIN_CELLS = 20
 """Cells without which a sample has no verdict but caution, and is no measure for others."""
 MIN_STEP = {"fraction_unknown": 0.05, "mean_novelty": 0.05, "batch_distance": 0.5, "shallowness": 0.5}
@@ -50,9 +52,9 @@ class SampleLimits:
     """How far the training samples went when their patients were held out."""
 
     care_F: Floats
-    """The worst of them."""
+    """What nine in ten of them stay within."""
     out_F: Floats
-    """As far beyond the worst as that is from their median."""
+    """As far beyond that as it is from their median."""
 
     @classmethod
     def fit(cls, samples: list[SampleFigures]) -> SampleLimits | None:
@@ -60,9 +62,9 @@ class SampleLimits:
         large = [sample.array() for sample in samples if sample.n_cells >= MIN_CELLS]
         if not large:
             return None
-        worst_F, median_F = np.max(large, axis=0), np.median(large, axis=0)
-        step_F = np.maximum(worst_F - median_F, list(MIN_STEP.values()))
-        return cls(worst_F.astype(np.float32), (worst_F + step_F).astype(np.float32))
+        care_F, median_F = np.quantile(large, MOST, axis=0, method="higher"), np.median(large, axis=0)
+        step_F = np.maximum(care_F - median_F, list(MIN_STEP.values()))
+        return cls(care_F.astype(np.float32), (care_F + step_F).astype(np.float32))
 
     def verdict(
         self, sample: SampleFigures, overlap: float, care_overlap: float, least_overlap: float

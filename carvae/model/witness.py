@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from carvae.data.split import PatientSplit
 from carvae.labels.axis import main_first
-from carvae.model.calibration import Bins, Calibration
+from carvae.model.calibration import MAX_GROUPS, Bins, Calibration
 from carvae.model.cohort import Cohort
 from carvae.model.metrics import expected_calibration_error
 from carvae.model.network import Network
@@ -29,8 +29,8 @@ OVERLAPS = (1.0, 0.8, LEAST_OVERLAP)
 """Shares of the panel's genes with which they are seen; which genes is drawn anew for each depth."""
 MAX_CELLS = 10_000
 """Held-out cells used at each depth and overlap."""
-MAX_GROUPS = 6
-"""Groups of held-out patients, of which each in turn is left out to measure what the others taught."""
+MIN_LABELLED = 20
+"""Labelled cells of a sample that sets the limits for others."""
 COVERAGE = 0.9
 """Coverage at which the sets are measured."""
 
@@ -179,6 +179,8 @@ def learn(witnesses: Sequence[Witness], reference: Reference, unknown_rate: floa
     for seen in witnesses:
         for rows, latent_NK in seen.samples:
             own = seen.cells.take(rows)
+            if own.known_N.sum() < MIN_LABELLED:
+                continue  # a sorted fraction of other cells, say, which sets no example
             novelty_N = scale.novelty(own.view_NT, bins.of(own.counts_N, own.overlap_N))
             samples.append(figures(latent_NK, novelty_N, own.counts_N, seen.reference, unknown_rate))
     return Trust(reference, bins, scale, calibration, SampleLimits.fit(samples), unknown_rate)
@@ -191,7 +193,8 @@ def _fitted(known: HeldOut) -> tuple[Bins, Scale, dict[str, Calibration]]:
     for axis, truth_N in known.truth.items():
         sure = truth_N >= 0
         if sure.any():
-            calibration[axis] = Calibration.fit(known.log_probability[axis][sure], truth_N[sure], bin_N[sure], bins.n)
+            log_NS, whose_N = known.log_probability[axis][sure], known.patient_N[sure]
+            calibration[axis] = Calibration.fit(log_NS, truth_N[sure], bin_N[sure], bins.n, whose_N)
     return bins, Scale.fit(known.view_NT, bin_N, bins.n), calibration
 
 
