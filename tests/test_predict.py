@@ -102,9 +102,6 @@ def test_strange_cells_are_unknown_and_keep_their_likeliest_state(world: World, 
     assert list(obs["carvae_state"].astype(str) == "unknown") == list(strange)
     assert "unknown" not in set(obs["carvae_state_best"].astype(str))
     assert strange.mean() < 0.5  # another study, the same states
-    shuffled = world.query.copy()
-    shuffled.X = shuffled.X[:, np.random.default_rng(0).permutation(shuffled.n_vars)]
-    assert (annotate(shuffled, sure).obs["carvae_state"].astype(str) == "unknown").mean() > 0.9
 
 
 def test_a_stated_coverage_adds_sets_that_grow_with_it(world: World, sure: Bundle) -> None:

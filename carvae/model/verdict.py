@@ -17,7 +17,7 @@ Floats = NDArray[np.float32]
 FIGURES = {
     "fraction_unknown": "{value:.0%} of its cells are unknown (nine in ten in training: at most {limit:.0%})",
     "mean_novelty": "mean novelty {value:.2f} (nine in ten in training: at most {limit:.2f})",
-    "batch_distance": "its mean lies {value:.1f} from the nearest training sample (nine in ten of them: at most {limit:.1f})",
+    "batch_distance": "its mean is {value:.1f} from the nearest training sample (nine in ten: at most {limit:.1f})",
     "shallowness": "median depth {depth:.0f} counts over the panel (nine in ten in training: at least {least:.0f})",
 }
 """Figures in which more is worse -> what is said of a sample beyond its limit. Shallowness is -log2 of the median
