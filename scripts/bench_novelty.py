@@ -62,6 +62,12 @@ class Settings:
     out: Path
 
 
+def author_labels(cohort: Cohort) -> NDArray[np.str_]:
+    """Label of each cell, empty where its author gave none."""
+    label = cohort.obs[LABEL].astype("string").fillna("").to_numpy(dtype=str)
+    return np.where(cohort.labelled_N, label, "")
+
+
 def without(cohort: Cohort, state: str, config: Config) -> tuple[Cohort, NDArray[np.bool_]]:
     """The cohort with a state's labels gone from the tree, and which cells bore them."""
     label = cohort.obs[LABEL].astype("string").fillna("")
@@ -89,7 +95,7 @@ def state_held_out(cohort: Cohort, fold: PatientSplit, state: str, settings: Set
     poorer, bore = without(cohort, state, config)
     rows = fold.train[~bore[fold.train]]
     network = fit(poorer, PatientSplit(rows, rows[:0], ()), config, settings.out / "fit").network
-    label = cohort.obs[LABEL].astype("string").fillna("").to_numpy(dtype=str)
+    label = author_labels(cohort)
     query, taught = fold.validation[label[fold.validation] != ""], rows[label[rows] != ""]
     counts = cohort.counts.rows(torch.from_numpy(query)).to_scipy()
     present = np.ones(counts.shape[1], np.bool_)
@@ -181,7 +187,7 @@ def run(settings: Settings) -> dict[str, Any]:
         taught = learn([w for other, (_, w) in enumerate(seen) if other != g], reference, config.train.unknown_rate)
         assert taught is not None
         trust.append(taught)
-    tables, label = [], cohort.obs[LABEL].astype("string").fillna("").to_numpy(dtype=str)
+    tables, label = [], author_labels(cohort)
     for g, fold in enumerate(folds):
         names, sizes = np.unique(label[fold.validation], return_counts=True)
         for state in names[(sizes >= MIN_CELLS) & (names != "")]:
