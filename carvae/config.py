@@ -65,6 +65,9 @@ class IngestConfig(Section):
         "sex",
     )
     """Gene policy: groups that never enter the encoder. CAR transgenes name the study, V(D)J genes the clone."""
+    identity_genes: tuple[str, ...] = ("CD3D", "CD3E", "CD3G")
+    """Genes that every cell the model is for expresses; always in the panel. Cells that want them look strange to it,
+    where the training cells do not want them."""
     min_study_share: Fraction = 0.5
     """A panel gene is measured in at least this share of the studies (signature genes: in any)."""
     min_counts: int = Field(1, ge=0)
@@ -146,6 +149,11 @@ class TrainConfig(Section):
     refit: bool = False
     """After the held-out run, which gives the scores, train again on all patients for the whole schedule: for small
     cohorts, where a held-out patient is dear and one patient's loss a poor guide to when to stop."""
+    calibration_folds: Literal[0, 2, 3, 4, 5, 6, 7, 8, 9, 10] = 0
+    """Groups of patients (of studies, where several have labels), each labelled by a network trained on the others, to
+    learn how sure labels are: calibration, sets, ``unknown``, verdicts. Costs as many more runs; 0 learns nothing."""
+    unknown_rate: Fraction = 0.05
+    """Share of held-out cells of known states that are called ``unknown``: the threshold on novelty is set for it."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """Arithmetic of the matrix products."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
@@ -188,6 +196,9 @@ class PredictConfig(Section):
     """Cells with fewer counts over the panel are called ``unknown``."""
     warn_overlap: Fraction = 0.9
     """Below this share a warning states the loss that was measured on held-out patients."""
+    coverage: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Writes for every cell the set of states that holds the true one with this probability (``carvae_set``), and the
+    finest state or group of states that is at least so probable (``carvae_state_sure``)."""
 
 
 class Config(Section):

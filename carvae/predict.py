@@ -31,6 +31,7 @@ from carvae.labels.axis import RESERVED, main_first
 from carvae.labels.signatures import coverage, score
 from carvae.model.bundle import Bundle, load
 from carvae.model.network import Prediction
+from carvae.model.trust import Judged, sample_verdicts, set_columns
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +40,12 @@ MARKERS = ("LAG3", "PDCD1", "HAVCR2")
 
 
 def annotate(adata: AnnData, model: Bundle | Path | str, config: PredictConfig | None = None) -> AnnData:
-    """Return a copy of ``adata`` with states, confidence, signature scores and the embedding.
+    """Return a copy of ``adata`` with states, confidence, novelty, signature scores and the embedding.
 
-    Added are ``obs["carvae_state"]`` (``unknown`` for cells with too few counts), ``obs["carvae_state_best"]`` (the
-    likeliest state of every cell), ``obs["carvae_confidence"]``, ``obs["carvae_score_<signature>"]``,
+    Added are ``obs["carvae_state"]`` (``unknown`` for cells with too few counts, and for those stranger than the model
+    allows for), ``obs["carvae_state_best"]`` (the likeliest state of every cell), ``obs["carvae_confidence"]``,
+    ``obs["carvae_novelty"]`` (share of held-out training cells that look less strange), with ``predict.coverage``
+    ``obs["carvae_set"]`` and ``obs["carvae_state_sure"]``, ``obs["carvae_score_<signature>"]``,
     ``obsm["carvae_probability"]``, ``obsm["X_carvae"]`` and ``uns["carvae"]``; a tree with several axes adds
     ``carvae_<axis>`` and the like for the others.
 
@@ -99,6 +102,11 @@ def _results(
     """What is said of every cell of every source, and the table of samples where cells are labelled."""
     if label and bundle.tree is None:
         raise BundleError("this model was trained without labels; use `carvae embed`, or train with labels")
+    if label and config.coverage is not None and bundle.trust is None:
+        raise BundleError(
+            "predict.coverage asks for sets of states, and this model was trained without patients held out to learn "
+            "them on; leave it out, or train with train.calibration_folds"
+        )
     parts = [_Stream(source, bundle, config, label=label).run() for source in sources]
     receipts = [part.receipt for part in parts]
     worst = min(receipts, key=lambda receipt: receipt.overlap)
@@ -124,7 +132,11 @@ def _results(
     if not label:
         return results, None
     results.uns["columns"] = np.array(list(obs), dtype=object)  # a later run replaces these and no others
-    return results, _sample_table(cells, sample, states)
+    table = _sample_table(cells, sample, states)
+    if bundle.trust is None:
+        return results, table
+    overlap = np.concatenate([np.full(len(part.cells), part.receipt.overlap) for part in parts])
+    return results, table.join(sample_verdicts(bundle.trust, results, overlap, config.warn_overlap), on="sample")
 
 
 @dataclass(slots=True)
@@ -148,7 +160,7 @@ class _Stream:
             log.info("%s: %s", source.name, note)
         resolved = GeneTable.default().resolve(source.genes, source.gene_ids)
         alignment = bundle.align(resolved, config.min_overlap)
-        self.matrix, self.receipt = alignment.matrix, alignment.receipt
+        self.matrix, self.present, self.receipt = alignment.matrix, alignment.present, alignment.receipt
         self.symbols = [str(symbol) for symbol in resolved.symbols]
         unscored = [s.signature for s in coverage(self.symbols, bundle.signatures) if not s.scored]
         if label and unscored:
@@ -161,7 +173,7 @@ class _Stream:
         latent, probability, tables = [], [], []
         for chunk in self.source.chunks(self.config.chunk_size):
             panel = (chunk @ self.matrix).tocsr()
-            prediction = self.bundle.network.predict(panel)
+            prediction = self._predict(panel)
             latent.append(prediction.latent_NK)
             if self.label:
                 probability.append(prediction.probability_NS)
@@ -172,16 +184,26 @@ class _Stream:
         scored = {a: np.concatenate([p[a] for p in probability]) for a in axes}
         return _Part(cells, self.sample, np.concatenate(latent), scored, self.receipt)
 
-    def _table(self, chunk: sp.csr_matrix, panel: sp.csr_matrix, prediction: Prediction) -> pd.DataFrame:
+    def _predict(self, panel: sp.csr_matrix) -> Prediction | Judged:
+        trust, network = self.bundle.trust, self.bundle.network
+        return trust.judge(network, panel, self.present) if trust and self.label else network.predict(panel)
+
+    def _table(self, chunk: sp.csr_matrix, panel: sp.csr_matrix, prediction: Prediction | Judged) -> pd.DataFrame:
         assert self.bundle.tree is not None
         panel_counts = np.asarray(panel.sum(axis=1)).ravel()
         seen = panel_counts >= self.config.min_counts
         main = self.bundle.axes[0]
         table: dict[str, Any] = {}
+        known = seen
+        if self.bundle.trust is not None and isinstance(prediction, Judged):
+            known = seen & ~self.bundle.trust.unknown(prediction)
+            table["carvae_novelty"] = np.where(seen, prediction.novelty_N, np.nan).astype(np.float32)
+            if self.config.coverage is not None:
+                table |= set_columns(self.bundle.trust, self.bundle.tree, prediction, known, self.config.coverage)
         for axis in map(self.bundle.tree.__getitem__, self.bundle.axes):
             probability = prediction.probability_NS[axis.name]
             names = np.array([*axis.leaves, RESERVED])
-            code = np.where(seen, probability.argmax(1), len(axis.leaves))
+            code = np.where(known, probability.argmax(1), len(axis.leaves))
             table[f"carvae_{axis.name}"] = pd.Categorical(names[code], categories=names)
             table[f"carvae_{axis.name}_best"] = pd.Categorical(names[probability.argmax(1)], categories=names[:-1])
             confidence = "carvae_confidence" if axis.name == main else f"carvae_{axis.name}_confidence"
@@ -220,7 +242,11 @@ def _sample_table(cells: pd.DataFrame, sample: NDArray[np.object_], states: dict
         rows.append(row)
     shallow = sum(row["n_cells"] - row["n_cells_used"] for row in rows)
     if shallow:
-        log.info("%s of %s cells are unknown: too few counts over the model's genes", f"{shallow:,}", f"{len(cells):,}")
+        log.info(
+            "%s of %s cells are unknown: too few counts over the model's genes, or unlike what the model knows",
+            f"{shallow:,}",
+            f"{len(cells):,}",
+        )
     return pd.DataFrame(rows)
 
 

@@ -13,26 +13,14 @@ import hashlib
 import json
 import logging
 import math
-import os
 import shutil
-import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as lightning
 import numpy as np
 import torch
-from lightning.fabric import Fabric
-from lightning.fabric.strategies.ddp import DDPStrategy as FabricStrategy
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
-from lightning.pytorch.strategies import DDPStrategy
 
 from carvae import __version__
 from carvae.config import Config, label_file
@@ -40,9 +28,9 @@ from carvae.data.loader import CellData, MinibatchLoader
 from carvae.data.memory import Need, choose, free_bytes
 from carvae.data.residence import Residence, Resident, Streamed, read
 from carvae.data.sparse import GeneSums
-from carvae.data.split import PatientSplit, split_patients
+from carvae.data.split import PatientSplit, patient_folds, split_patients
 from carvae.data.store import CellStore
-from carvae.errors import CarvaeError, ConfigError, TrainError
+from carvae.errors import CarvaeError, TrainError
 from carvae.ingest import run as ingest
 from carvae.ingest import store_path, work_folder
 from carvae.labels.signatures import Signatures
@@ -50,22 +38,17 @@ from carvae.model import processes
 from carvae.model.bundle import Bundle, Provenance, check_place, leaf_parts
 from carvae.model.card import write_card
 from carvae.model.cohort import Cohort
-from carvae.model.fused import has_bfloat16
 from carvae.model.gene_view import fit_gene_view
 from carvae.model.held_out import held_out_metrics
-from carvae.model.metrics import AxisScores
 from carvae.model.network import Network
 from carvae.model.objective import STEPS_PER_CALL, Objective
-from carvae.model.run_log import rows_before, wandb_mode
+from carvae.model.trainer import callbacks_of, finish, loggers_of, quiet_lightning, start_processes, trainer_of
+from carvae.model.witness import Witness, learn, measure, reference_of, witness
 
 log = logging.getLogger(__name__)
 
-ACCELERATOR = {"auto": "auto", "cpu": "cpu", "cuda": "gpu"}
-"""Lightning's name of each."""
 CELLS_PER_SUM = 4096
 """Cells whose moments are taken at a time."""
-PATIENCE = timedelta(days=7)
-"""How long processes wait for each other: the first may have studies to read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +71,7 @@ def run(config: Config) -> Path:
     check_place(config.output)  # now, not after hours of training
     if config.train.accelerator == "cuda" and not torch.cuda.is_available():
         raise TrainError("train.accelerator is cuda, but torch finds no CUDA device here; set train.accelerator=auto")
-    _start_processes(config)
+    start_processes(config)
     try:
         processes.share(config)
         processes.on_first(lambda: ingest(config))
@@ -115,18 +98,48 @@ def _run(config: Config) -> Path:
     for axis, score in metrics.get("held_out", {}).items():
         macro_f1 = f", macro-F1 {score['macro_f1']:.3f}" if len(score["recall"]) > 1 else ""
         log.info("held-out patients, %s: accuracy %.3f%s", axis, score["accuracy"], macro_f1)
+    witnesses = _witnesses(cohort, config, work)
+    known = split.train
     if config.train.refit and split.validation.size:
         everyone = np.arange(len(cohort.obs), dtype=np.int64)
         metrics["refit"] = True
         log.info("training again on all patients")
         result = fit(cohort, PatientSplit(everyone, everyone[:0], ()), config, work / "refit")
         metrics["epochs"] = result.n_epochs
+        known = everyone
     if is_first:
-        _bundle(result.network, cohort, config, metrics).save(config.output)
-        for stage in ("fit", "refit"):
-            shutil.rmtree(work / stage / "checkpoints", ignore_errors=True)
+        bundle = _bundle(result.network, cohort, config, metrics)
+        if witnesses:
+            reference = reference_of(result.network, cohort, known, config.ingest.identity_genes)
+            bundle.trust = learn(witnesses, reference, config.train.unknown_rate)
+            metrics["trust"] = measure(witnesses, config.train.unknown_rate)
+        bundle.card = write_card(bundle)
+        bundle.save(config.output)
+        for checkpoints in work.glob("*/checkpoints"):
+            shutil.rmtree(checkpoints, ignore_errors=True)
         log.info("model written to %s", config.output)
     return config.output
+
+
+def _witnesses(cohort: Cohort, config: Config, work: Path) -> list[Witness]:
+    """Networks beside cells that they did not see; none unless asked for, or without labels or patients to hold out.
+
+    Whole studies are held out where several have labels: a query is of another study, which is stranger than a patient.
+    """
+    if cohort.tree is None or not config.train.calibration_folds:
+        return []
+    several = cohort.obs["study"][cohort.labelled_N].nunique() > 1
+    unit = cohort.obs["study" if several else "patient"]
+    folds = patient_folds(unit, cohort.labelled_N, config.train.calibration_folds)
+    if len(folds) == 1:
+        return []
+    rng, identity = np.random.default_rng((config.seed, 5)), config.ingest.identity_genes
+    found = []
+    for k, fold in enumerate(folds):
+        log.info("training without group %d of %d, to learn how sure labels are", k + 1, len(folds))
+        result = fit(cohort, PatientSplit(fold.train, fold.train[:0], ()), config, work / f"fold{k}")
+        found.append(witness(result.network, cohort, fold, identity, rng))
+    return found
 
 
 def fit(cohort: Cohort, split: PatientSplit, config: Config, folder: Path) -> Fit:
@@ -140,11 +153,11 @@ def fit(cohort: Cohort, split: PatientSplit, config: Config, folder: Path) -> Fi
     checkpoints = folder / "checkpoints" / _run_id(cohort, split, config)
     processes.on_first(lambda: _keep_only(checkpoints))
     last = checkpoints / "last.ckpt"
-    keep, *others = _callbacks(checkpoints, held_out=bool(split.validation.size), patience=config.train.patience)
+    keep, others = callbacks_of(checkpoints, held_out=bool(split.validation.size), patience=config.train.patience)
     n_batches = math.ceil(split.train.size / config.train.batch_size)
     epochs = max(config.train.max_epochs, math.ceil(config.train.min_steps / n_batches))
-    with _quiet_lightning():
-        trainer = _trainer(config, epochs, folder, _loggers(folder, config, last), [keep, *others])
+    with quiet_lightning():
+        trainer = trainer_of(config, epochs, folder, loggers_of(folder, config, last), [keep, *others])
         data = cohort.data(split.train, config)
         data = data.beside(_residence(cohort.store, split, config, checkpoints, trainer.strategy.root_device))
         torch.manual_seed(config.seed)
@@ -157,88 +170,16 @@ def fit(cohort: Cohort, split: PatientSplit, config: Config, folder: Path) -> Fi
             log.info("continuing from %s", last)
         trainer.fit(module, ckpt_path=last if last.exists() else None, weights_only=True)
     n_trained = trainer.current_epoch
-    if split.validation.size and isinstance(keep, ModelCheckpoint):
+    if split.validation.size:
         best = torch.load(keep.best_model_path, weights_only=True, map_location="cpu")
         module.load_state_dict(best["state_dict"])
         n_trained = int(best["epoch"]) + 1
-    _finish(trainer.loggers, module.scores)
+    finish(trainer.loggers, module.scores)
     network = network.cpu().eval()
     if processes.rank() == 0:  # from the store: of resident counts it may have its own shards alone
         data, rng = cohort.data(split.train, config), np.random.default_rng((config.seed, 4))
         fit_gene_view(network.head, data, split.train, list(cohort.allowed().values()), config.model, rng)
     return Fit(network, n_trained)
-
-
-def _precision(config: Config) -> Any:
-    """Float32 where the processor has no bfloat16 products: done without them they take ten times as long."""
-    on_cpu = config.train.accelerator == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    if on_cpu and config.train.precision != "32-true" and not has_bfloat16():
-        log.info("this processor has no bfloat16 products; they are in float32")
-        return "32-true"
-    return config.train.precision
-
-
-class _Processes(DDPStrategy):
-    """Lightning's processes without torch's wrapper: `Objective` puts the gradients together, weighted by cells."""
-
-    def configure_ddp(self) -> None:
-        """Leave the model as it is."""
-
-
-def _start_processes(config: Config) -> None:
-    """Start this machine's other processes, or join them where torchrun, SLURM or the first one started this one.
-
-    Raises
-    ------
-    ConfigError
-        There are not as many processes or GPUs as the settings say.
-    """
-    settings = config.train
-    n = settings.devices * settings.num_nodes
-    if (started := int(os.environ.get("WORLD_SIZE", n))) != n:
-        raise ConfigError(
-            f"{started} processes were started, but train.devices x train.num_nodes is {n}; make them equal"
-        )
-    if n == 1:
-        return
-    if settings.accelerator != "cpu" and settings.devices > (gpus := torch.cuda.device_count()) > 0:
-        raise ConfigError(f"train.devices is {settings.devices}, but this machine has {gpus} GPUs; lower it")
-    with _quiet_lightning():
-        fabric = Fabric(
-            accelerator=ACCELERATOR[settings.accelerator],
-            strategy=FabricStrategy(timeout=PATIENCE),
-            devices=settings.devices,
-            num_nodes=settings.num_nodes,
-        )
-        try:
-            fabric.launch()
-        except ValueError as error:
-            raise ConfigError(f"the processes that were started do not fit train.devices: {error}") from None
-    if fabric.global_rank:
-        logging.getLogger("carvae").setLevel(logging.ERROR)
-
-
-def _trainer(
-    config: Config, epochs: int, folder: Path, loggers: list[Logger], callbacks: list[Callback]
-) -> lightning.Trainer:
-    settings = config.train
-    return lightning.Trainer(
-        accelerator=ACCELERATOR[settings.accelerator],
-        strategy=_Processes(timeout=PATIENCE) if processes.world() > 1 else "auto",
-        devices=settings.devices,
-        num_nodes=settings.num_nodes,
-        use_distributed_sampler=False,
-        precision=_precision(config),
-        max_epochs=epochs,
-        logger=loggers,
-        callbacks=callbacks,
-        log_every_n_steps=50,
-        reload_dataloaders_every_n_epochs=1,
-        num_sanity_val_steps=0,
-        enable_model_summary=False,
-        enable_progress_bar=sys.stderr.isatty() and log.isEnabledFor(logging.INFO),
-        default_root_dir=folder,
-    )
 
 
 def _residence(
@@ -268,16 +209,6 @@ def _moments(data: CellData, split: PatientSplit, config: Config, n_genes: int) 
     return GeneSums(*map(processes.total, (sums.sum_G, sums.square_G, sums.library))).moments()
 
 
-@contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Keep Lightning's advice and advertisements off the screen; its errors still come."""
-    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning.*")
-        yield
-
-
 def _run_id(cohort: Cohort, split: PatientSplit, config: Config) -> str:
     """Name of this very run: what its weights depend on. Who computes what is no part of it, but the shards are."""
     settings = config.model_dump(mode="json", include={"model", "train", "labels", "seed", "ingest"})
@@ -296,67 +227,6 @@ def _keep_only(checkpoints: Path) -> None:
     checkpoints.mkdir(parents=True, exist_ok=True)
 
 
-class _EarlyStopping(EarlyStopping):
-    """Early stopping that a run which had stopped remembers when it is started again."""
-
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        trainer.should_stop = self.wait_count >= self.patience
-
-
-def _callbacks(checkpoints: Path, *, held_out: bool, patience: int) -> list[Callback]:
-    """The keeper of checkpoints, and early stopping where something is held out."""
-    keep = ModelCheckpoint(
-        dirpath=checkpoints,
-        filename="best",
-        monitor="val_loss" if held_out else None,
-        save_top_k=1 if held_out else 0,  # with nothing held out the last is the best
-        save_last=True,
-        save_on_train_epoch_end=True,
-        enable_version_counter=False,
-    )
-    return [keep, _EarlyStopping("val_loss", patience=patience, check_on_train_epoch_end=True)] if held_out else [keep]
-
-
-def _loggers(folder: Path, config: Config, checkpoint: Path) -> list[Logger]:
-    """A CSV log always; W&B with the settings, but without study paths, patient names or what the machine is called.
-
-    Lightning's CSV log begins anew; here it keeps what was logged before ``checkpoint``, where that is there. The first
-    process alone logs.
-    """
-    if processes.rank():
-        return []
-    rows = rows_before(checkpoint, folder / "log" / "metrics.csv")
-    shutil.rmtree(folder / "log", ignore_errors=True)
-    table = CSVLogger(folder, name="", version="log")
-    table.experiment.metrics.extend(rows)
-    table.save()
-    loggers: list[Logger] = [table]
-    mode = wandb_mode(config.train.wandb, os.environ.get("WANDB_MODE", ""))
-    if mode != "disabled":
-        import wandb
-
-        run = wandb.init(
-            project="carvae",
-            dir=folder,
-            mode=mode,  # type: ignore[arg-type]
-            config=config.model_dump(mode="json", include={"seed", "labels", "model", "train"}),
-            settings=wandb.Settings(
-                x_disable_meta=True, disable_git=True, disable_code=True, console="off", silent=True
-            ),
-        )
-        loggers.append(WandbLogger(experiment=run))
-    return loggers
-
-
-def _finish(loggers: Sequence[Logger], scores: dict[str, AxisScores]) -> None:
-    """Log the confusion matrices of the last held-out pass, and close."""
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            for axis, score in scores.items():
-                logger.log_table(f"confusion_{axis}", columns=["true", *score.leaves], data=score.confusion_rows())
-            logger.experiment.finish()
-
-
 def _bundle(network: Network, cohort: Cohort, config: Config, metrics: dict[str, Any]) -> Bundle:
     provenance = Provenance(
         carvae_version=__version__,
@@ -368,7 +238,7 @@ def _bundle(network: Network, cohort: Cohort, config: Config, metrics: dict[str,
         weak_labels=cohort.weak,
         libraries={name: version(name) for name in ("torch", "scvi-tools", "anndata", "lightning", "numpy")},
     )
-    bundle = Bundle(
+    return Bundle(
         network=network,
         genes=cohort.store.header.genes,
         tree=cohort.tree,
@@ -379,5 +249,3 @@ def _bundle(network: Network, cohort: Cohort, config: Config, metrics: dict[str,
         provenance=provenance,
         metrics=metrics,
     )
-    bundle.card = write_card(bundle)
-    return bundle

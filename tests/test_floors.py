@@ -31,9 +31,9 @@ FLOOR = {
 # Training rebuilds a store that is out of date.
 BESIDE = {("train", "ingest")}
 ONLY_IN = {
-    "lightning": {"train.py", "model/objective.py"},
-    "pytorch_lightning": {"train.py"},
-    "wandb": {"train.py"},
+    "lightning": {"model/objective.py", "model/trainer.py"},
+    "pytorch_lightning": {"model/trainer.py"},
+    "wandb": {"model/trainer.py"},
     "scvi": {"model/scvi_bridge.py"},
     "scib_metrics": {"evaluate.py"},
     "celltypist": {"evaluate.py"},

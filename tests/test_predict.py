@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 from anndata import AnnData
-from trained import World, sha256
+from trained import World, carvae, settings, sha256, write_config
 
 from carvae.config import PredictConfig, label_file
 from carvae.data.genes import GeneTable
@@ -83,6 +83,56 @@ def test_a_cell_with_too_few_counts_is_unknown_but_has_a_likeliest_state(world: 
     assert (result.obs["carvae_confidence"].to_numpy()[shallow] == 0).all()
     assert "unknown" not in set(result.obs["carvae_state_best"].astype(str))
     np.testing.assert_array_equal(result.obs["carvae_n_counts"], counts.sum(axis=1))
+
+
+@pytest.fixture(scope="module")
+def sure(world: World, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A model that learned how sure it is, each study held out in turn."""
+    folder = tmp_path_factory.mktemp("sure")
+    config = settings(world.folder, folder / "model", train={"calibration_folds": 2})
+    answer = carvae("train", write_config(folder / "config.yaml", config))
+    assert answer.code == 0, answer.err
+    return load(folder / "model")
+
+
+def test_strange_cells_are_unknown_and_keep_their_likeliest_state(world: World, sure: Bundle) -> None:
+    assert sure.trust is not None
+    obs = annotate(world.query, sure).obs
+    strange = (obs["carvae_novelty"] > 1 - sure.trust.unknown_rate).to_numpy()
+    assert list(obs["carvae_state"].astype(str) == "unknown") == list(strange)
+    assert "unknown" not in set(obs["carvae_state_best"].astype(str))
+    assert strange.mean() < 0.5  # another study, the same states
+
+
+def test_a_stated_coverage_adds_sets_that_grow_with_it(world: World, sure: Bundle) -> None:
+    plain, small, large = (annotate(world.query, sure, PredictConfig(coverage=c)).obs for c in (None, 0.6, 0.97))
+    unknown = (plain["carvae_state"].astype(str) == "unknown").to_numpy()
+    assert "carvae_set" not in plain
+    for obs in (small, large):
+        assert list(obs["carvae_set"] == "unknown") == list(unknown)
+        assert list(obs["carvae_state"].astype(str)) == list(plain["carvae_state"].astype(str))
+    pairs = zip(small["carvae_set"][~unknown], large["carvae_set"][~unknown], strict=True)
+    assert all(set(few.split(" | ")) <= set(many.split(" | ")) for few, many in pairs)
+    assert sure.tree is not None
+    assert set(small["carvae_state_sure"]) <= {*sure.tree["state"].nodes, "unknown"}
+
+
+def test_sets_need_a_model_that_learned_them(world: World, bundle: Bundle) -> None:
+    with pytest.raises(BundleError, match=r"train.calibration_folds"):
+        annotate(world.query, bundle, PredictConfig(coverage=0.9))
+
+
+def test_each_sample_has_a_verdict_that_its_cells_bear_out(world: World, sure: Bundle, tmp_path: Path) -> None:
+    path = sure.save(tmp_path / "model")
+    run(world.query_path, path, tmp_path / "A.csv", PredictConfig(), label=True)
+    cells = pd.read_csv(tmp_path / "A.csv", index_col="cell")
+    samples = pd.read_csv(tmp_path / "A.samples.csv").set_index("sample")
+    for name, row in samples.iterrows():
+        here = cells[cells["sample"].astype(str) == str(name)]
+        assert row["fraction_unknown"] == pytest.approx((here["carvae_state"] == "unknown").mean())
+        assert row["mean_novelty"] == pytest.approx(here["carvae_novelty"].mean(), abs=1e-5)
+        assert row["verdict"] in {"in range", "with care", "out of range"}
+        assert (row["verdict"] == "in range") == pd.isna(row["verdict_reason"])
 
 
 def test_results_of_an_earlier_run_are_replaced_and_nothing_else(world: World, bundle: Bundle) -> None:

@@ -9,7 +9,7 @@ import pandas as pd
 from hypothesis import given
 from hypothesis import strategies as st
 
-from carvae.data.split import PatientSplit, split_patients
+from carvae.data.split import PatientSplit, patient_folds, split_patients
 
 
 def split(
@@ -91,3 +91,24 @@ def test_patients_named_by_numbers_or_categories_are_split_alike() -> None:
     for other in others:
         assert np.array_equal(first.validation, other.validation)
         assert first.validation_patients == other.validation_patients
+
+
+@given(st.lists(st.integers(1, 40), min_size=2, max_size=12), st.integers(2, 6))
+def test_folds_hold_every_cell_out_once_and_no_patient_is_on_both_sides(sizes: list[int], n_folds: int) -> None:
+    patient = pd.Series(np.repeat([f"p{i}" for i in range(len(sizes))], sizes))
+    folds = patient_folds(patient, np.ones(len(patient), np.bool_), n_folds)
+    assert len(folds) == min(n_folds, len(sizes))
+    np.testing.assert_array_equal(np.sort(np.concatenate([f.validation for f in folds])), np.arange(len(patient)))
+    for fold in folds:
+        assert fold.train.size
+        assert not set(patient[fold.train]) & set(patient[fold.validation])
+        assert set(patient[fold.validation]) == set(fold.validation_patients)
+        assert fold.train.size + fold.validation.size == len(patient)
+
+
+def test_folds_are_of_like_size_in_labelled_cells() -> None:
+    sizes = {"a": 100, "b": 90, "c": 60, "d": 50, "e": 300, "unlabelled": 1000}
+    patient = pd.Series(np.repeat(list(sizes), list(sizes.values())))
+    folds = patient_folds(patient, (patient != "unlabelled").to_numpy(), 2)
+    labelled = [int((patient[f.validation] != "unlabelled").sum()) for f in folds]
+    assert labelled == [300, 300]

@@ -29,7 +29,7 @@ class Panel:
     n_variable: int
     """Genes chosen because they vary."""
     n_signature: int
-    """Genes added because a label signature holds them."""
+    """Genes added because a label signature holds them, or as identity genes."""
     excluded: dict[str, int]
     """Gene-policy group -> measured genes left out by it."""
 
@@ -75,7 +75,7 @@ def choose_panel(
             "check that the studies use the same species and identifiers, or lower ingest.min_study_share"
         )
     variable = candidates[_most_variable(counts[:, candidates], batch, config.n_top_genes)]
-    wanted = np.isin(universe, list(signature_genes)) & allowed & measured.any(axis=0)
+    wanted = np.isin(universe, [*signature_genes, *config.identity_genes]) & allowed & measured.any(axis=0)
     chosen = np.union1d(variable, np.flatnonzero(wanted))
     return Panel(
         genes=tuple(str(g) for g in np.sort(universe[chosen].astype(str))),

@@ -22,6 +22,27 @@ class PatientSplit:
     validation_patients: tuple[str, ...]
 
 
+def patient_folds(patient: pd.Series[str], labelled: NDArray[np.bool_], n_folds: int) -> list[PatientSplit]:
+    """Splits that hold out every patient (or study) once, in ``n_folds`` groups (fewer with fewer) of like size.
+
+    The patient with most labelled cells (of cells, where none is labelled) goes first, each to the smallest group.
+    """
+    patient = patient.astype(str)
+    size = pd.Series(labelled if labelled.any() else np.ones(len(patient)), index=patient.index).groupby(patient).sum()
+    ordered = sorted(size.items(), key=lambda item: (-float(item[1]), str(item[0])))
+    groups: list[list[str]] = [[] for _ in range(min(n_folds, len(ordered)))]
+    totals = [0.0] * len(groups)
+    for name, cells in ordered:
+        smallest = totals.index(min(totals))
+        groups[smallest].append(str(name))
+        totals[smallest] += float(cells) + 1e-9  # patients without labels too are spread
+    held = [patient.isin(group).to_numpy() for group in groups]
+    return [
+        PatientSplit(np.flatnonzero(~out), np.flatnonzero(out), tuple(sorted(group)))
+        for out, group in zip(held, groups, strict=True)
+    ]
+
+
 def split_patients(
     patient: pd.Series[str], labelled: NDArray[np.bool_], share: float, rng: np.random.Generator
 ) -> PatientSplit:

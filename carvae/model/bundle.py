@@ -31,11 +31,12 @@ from carvae.labels.axis import main_first
 from carvae.labels.signatures import Signatures
 from carvae.labels.tree import LabelTree
 from carvae.model.network import Network, Prediction
+from carvae.model.trust import PREFIX, Trust
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-FORMAT = 1
+FORMAT = 2
 """Version of the bundle's layout. Older layouts stay loadable; a newer one is refused by name."""
 FILES = ("weights.safetensors", "card.md", "metrics.json")
 NO_HASH = "0" * 64
@@ -77,6 +78,8 @@ class Bundle:
     """Covariate -> number of categories seen in training."""
     gene_policy: tuple[str, ...]
     provenance: Provenance
+    trust: Trust | None = None
+    """How sure it is; None unless trained with ``train.calibration_folds``, and in bundles of layout 1."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """Held-out scores (see ``metrics.json``)."""
     card: str = ""
@@ -93,7 +96,8 @@ class Bundle:
         path = Path(path)
         check_place(path)
         with replacing_folder(path) as scratch:
-            save_file(_tensors(self.network), scratch / FILES[0])
+            known = {} if self.trust is None else self.trust.tensors()
+            save_file(_tensors(self.network) | known, scratch / FILES[0])
             (scratch / FILES[1]).write_text(self.card, encoding="utf-8")
             (scratch / FILES[2]).write_text(json.dumps(self.metrics, indent=1, allow_nan=False), encoding="utf-8")
             text = json.dumps(self._describe(scratch), indent=1, allow_nan=False)
@@ -159,6 +163,7 @@ class Bundle:
             "covariates": self.n_categories,
             "gene_policy": list(self.gene_policy),
             "provenance": asdict(self.provenance),
+            "trust": None if self.trust is None else self.trust.describe(),
         }
 
 
@@ -176,8 +181,13 @@ def load(path: Path | str, device: str = "auto") -> Bundle:
         _check_files(path, spec["files"])
         config = ModelConfig(**spec["architecture"])
         tree = None if spec["tree"] is None else LabelTree.from_dict(spec["tree"])
+        weights = _checked(load_file(path / FILES[0]))
+        known = {name: weights.pop(name) for name in [*weights] if name.startswith(PREFIX)}
         bundle = Bundle(
-            network=_network(load_file(path / FILES[0]), len(spec["genes"]), spec["covariates"], tree, config),
+            network=_network(weights, len(spec["genes"]), spec["covariates"], tree, config),
+            trust=Trust.read(spec["trust"], known).checked(len(spec["genes"]), config, tree)
+            if spec.get("trust")
+            else None,
             genes=tuple(spec["genes"]),
             tree=tree,
             signatures=Signatures.from_dict(spec["signatures"]),
@@ -191,7 +201,16 @@ def load(path: Path | str, device: str = "auto") -> Bundle:
         )
     except BundleError as error:
         raise BundleError(f"bundle {path}: {error}") from None
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, LabelError, SafetensorError) as error:
+    except (
+        AttributeError,
+        IndexError,
+        KeyError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        LabelError,
+        SafetensorError,
+    ) as error:
         reason = " ".join(str(error).split())[:200]
         raise BundleError(f"bundle {path} does not describe a model of this carvae ({reason}); retrain it") from None
     target = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -224,6 +243,13 @@ def _check_files(path: Path, hashes: dict[str, str]) -> None:
             raise BundleError(f"{name!r} was changed after the model was saved; copy the folder again or retrain")
 
 
+def _checked(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    for name, tensor in weights.items():
+        if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
+            raise BundleError(f"the weights {name!r} are not finite numbers of 32 bits; retrain the model")
+    return weights
+
+
 def _network(
     weights: dict[str, torch.Tensor],
     n_genes: int,
@@ -239,9 +265,6 @@ def _network(
         parts[axis.name] = weights[f"head.axes.{a}.parts_SF"]
         if len(parts[axis.name]) != len(axis.leaves):
             raise BundleError(f"axis {axis.name!r} has {len(axis.leaves)} labels and weights for another number")
-    for name, tensor in weights.items():
-        if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
-            raise BundleError(f"the weights {name!r} are not finite numbers of 32 bits; retrain the model")
     with torch.device("meta"):
         network = Network(n_genes, n_categories, parts, config)
     network.load_state_dict(weights, assign=True)

@@ -19,8 +19,7 @@ def write_card(bundle: Bundle) -> str:
         "## Intended use",
         "",
         "Embedding and cell-state labelling of T cells in CAR-T single-cell RNA-seq, for research. Not a diagnostic,",
-        "and not validated for decisions on patients. Cells of kinds that were not in the training data get the",
-        "nearest known label.",
+        "and not validated for decisions on patients. " + _strangers(bundle),
         "",
         "## Training data",
         "",
@@ -35,14 +34,54 @@ def write_card(bundle: Bundle) -> str:
         "",
         *_scores(bundle),
         "",
+        *_trust(bundle),
         "## Limits",
         "",
         "- Scores are of patients held out of the same studies; another laboratory's data may do worse.",
-        "- The confidence is the softmax probability as trained; see the calibration error above.",
+        *(
+            ["- The confidence is the softmax probability as trained; see the calibration error above."]
+            if bundle.trust is None
+            else []
+        ),
         "- The licences of the training data apply to this model; carvae cannot know them: name them before sharing.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _strangers(bundle: Bundle) -> str:
+    if bundle.trust is None:
+        return "Cells of kinds that were not in the training data get the nearest known label."
+    return (
+        "Cells that look stranger than all but "
+        f"{bundle.trust.unknown_rate:.0%} of held-out training cells are called unknown; a state that was not in the "
+        "training data, but looks like one that was, may still get that one's label."
+    )
+
+
+def _trust(bundle: Bundle) -> list[str]:
+    """What was measured of calibration, sets and unknown cells."""
+    found = bundle.metrics.get("trust")
+    if not found:
+        return []
+    rate = found["unknown_rate"]
+    lines = [
+        "## How sure it is",
+        "",
+        f"Each group of the {found['patients']} held-out patients tested what the others taught. Of cells of known "
+        f"states {rate['whole']:.1%} were called unknown ({rate['asked']:.0%} asked for); of the same cells with "
+        f"counts and genes taken away {rate['poorer']:.1%}.",
+        "",
+        "| axis | cells | calibration error before | after | coverage of 90% sets | mean size |",
+        "|---|---|---|---|---|---|",
+    ]
+    for axis in (name for name in found if name not in {"patients", "unknown_rate"}):
+        lines += [
+            f"| {axis} | {'whole' if name == 'whole' else 'counts and genes taken away'} | {score['ece_before']:.3f} | "
+            f"{score['ece']:.3f} | {score['coverage']:.3f} | {score['set_size']:.2f} |"
+            for name, score in found[axis].items()
+        ]
+    return [*lines, ""]
 
 
 def _labels(bundle: Bundle) -> list[str]:

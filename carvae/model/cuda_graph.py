@@ -12,6 +12,7 @@ before the replay. Nothing is read back; sums over cells stay on the device unti
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -38,15 +39,19 @@ class StaticMinibatch:
 
     def __init__(self, like: Minibatch, capacity: int) -> None:
         counts = like.counts
-        self.batch = Minibatch(
-            CountsCSR(
-                torch.empty_like(counts.indptr_N),
-                counts.gene_M.new_zeros(capacity),
-                counts.count_M.new_zeros(capacity),
-                counts.n_genes,
-            ),
-            *(None if tensor is None else torch.empty_like(tensor) for tensor in _beside(like)),  # type: ignore[arg-type]
-            n_counted=like.n_counted,
+        own = CountsCSR(
+            torch.empty_like(counts.indptr_N),
+            counts.gene_M.new_zeros(capacity),
+            counts.count_M.new_zeros(capacity),
+            counts.n_genes,
+        )
+        self.batch = replace(
+            like,
+            counts=own,
+            covariate_NC=torch.empty_like(like.covariate_NC),
+            unmeasured_NG=None if like.unmeasured_NG is None else torch.empty_like(like.unmeasured_NG),
+            code_NA=torch.empty_like(like.code_NA),
+            weight_NA=torch.empty_like(like.weight_NA),
         )
 
     def load(self, batch: Minibatch) -> None:

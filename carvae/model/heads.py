@@ -63,8 +63,11 @@ class StateHead(nn.Module):
 
     def latent_view(self, z_NK: Tensor) -> dict[str, Tensor]:
         """Log probability of each leaf by the latent space alone."""
-        logits = {name: classifier(z_NK).float() for name, classifier in zip(self.names, self.axes, strict=True)}
-        return {name: torch.log_softmax(logits_NS, 1) for name, logits_NS in logits.items()}
+        return {name: torch.log_softmax(logits_NS, 1) for name, logits_NS in self.latent_logits(z_NK).items()}
+
+    def latent_logits(self, z_NK: Tensor) -> dict[str, Tensor]:
+        """What its softmax is taken of, [N, S] for every axis; their size tells a cell that fits no state."""
+        return {name: classifier(z_NK).float() for name, classifier in zip(self.names, self.axes, strict=True)}
 
 
 class _PartsClassifier(nn.Module):

@@ -84,9 +84,17 @@ class Encoder(nn.Module):
 
     def forward(self, counts: CountsCSR) -> Posterior:
         """Posterior of each cell."""
+        return self.posterior(self.hidden(counts))
+
+    def hidden(self, counts: CountsCSR) -> Tensor:
+        """Last hidden layer [N, H]."""
         hidden_NH = self._activate(self.first(counts))
         for layer in self.layers:
             hidden_NH = self._activate(layer(hidden_NH))
+        return hidden_NH
+
+    def posterior(self, hidden_NH: Tensor) -> Posterior:
+        """Posterior of each cell, from the last hidden layer."""
         dtype = self.mean.weight.dtype  # under autocast too: z and its KL are not for bfloat16
         variance_NK = self.log_variance(hidden_NH).to(dtype).exp() + VARIANCE_EPS
         return Posterior(self.mean(hidden_NH).to(dtype), variance_NK)

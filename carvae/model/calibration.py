@@ -1,0 +1,206 @@
+"""Probabilities that mean what they say, and sets of states that hold the true one as often as stated.
+
+Both are fitted on cells of held-out patients, as they are and with counts and genes taken away, and separately for
+bins of depth and of gene overlap: a set fitted on deep cells alone covers too little on shallow ones.
+
+Axes: N cells, S leaves of one label axis, B bins, V levels of gene overlap, D bins of depth, C stored coverages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
+
+Floats = NDArray[np.float32]
+
+N_DEPTHS = 5
+"""Bins of depth at each level of gene overlap, equally filled."""
+COVERAGES = (0.0, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 1.0)
+"""Coverages whose thresholds are stored; between them they are interpolated."""
+MIN_CELLS = 20
+"""Cells of a state that a bin needs for a threshold of its own."""
+MAX_GROUPS = 6
+"""Groups of patients, each judged by what the others taught."""
+LOG_TEMPERATURE = (-1.5, 2.5)
+"""Where the logarithm of a temperature is sought."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bins:
+    """Bins of cells alike in gene overlap and depth."""
+
+    overlap_V: Floats
+    """Levels of the share of panel genes that were measured; a query belongs to the nearest."""
+    edge_VD: Floats
+    """Counts over the panel that separate the bins of depth, [V, D - 1]."""
+
+    @classmethod
+    def fit(cls, counts_N: NDArray[np.floating], overlap_N: NDArray[np.floating]) -> Bins:
+        """Equally filled bins of depth at each level of overlap."""
+        levels = np.unique(np.asarray(overlap_N, np.float32))
+        shares = np.arange(1, N_DEPTHS) / N_DEPTHS
+        near_N = np.asarray(overlap_N, np.float32)
+        return cls(levels, np.stack([np.quantile(counts_N[near_N == v], shares) for v in levels]).astype(np.float32))
+
+    @property
+    def n(self) -> int:
+        """B."""
+        return int(self.overlap_V.size * (self.edge_VD.shape[1] + 1))
+
+    def of(self, counts_N: NDArray[np.floating], overlap_N: NDArray[np.floating] | float) -> NDArray[np.int64]:
+        """Bin of each cell, from its counts over the panel and the share of panel genes measured in it."""
+        overlap_N = np.broadcast_to(np.asarray(overlap_N, np.float32), np.shape(counts_N))
+        level_N = np.abs(overlap_N[:, None] - self.overlap_V).argmin(1)
+        depth_N = (np.asarray(counts_N)[:, None] >= self.edge_VD[level_N]).sum(1)
+        bin_N: NDArray[np.int64] = level_N * (self.edge_VD.shape[1] + 1) + depth_N
+        return bin_N
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Temperatures and set thresholds of one label axis."""
+
+    temperature_B: Floats
+    threshold_BSC: Floats
+    """Set score up to which a leaf belongs to the set, at each of `COVERAGES`."""
+    level_C: Floats
+    """Coverage of cells like those fitted on, at which cells of other patients are covered by each of `COVERAGES`."""
+
+    @classmethod
+    def fit(
+        cls,
+        log_probability_NS: NDArray[np.floating],
+        truth_N: NDArray[np.integer],
+        bin_N: NDArray[np.int64],
+        n_bins: int,
+        patient_N: NDArray[np.object_],
+    ) -> Calibration:
+        """Fit on held-out cells whose leaf is known; ``patient_N`` says whose they are."""
+        everywhere = fit_temperature(log_probability_NS, truth_N)
+        own = [
+            fit_temperature(log_probability_NS[bin_N == b], truth_N[bin_N == b])
+            if (bin_N == b).sum() >= MIN_CELLS
+            else everywhere
+            for b in range(n_bins)
+        ]
+        temperature_B = np.array(own, np.float32)
+        probability_NS = tempered(log_probability_NS, temperature_B[bin_N])
+        score_N = set_scores(probability_NS)[np.arange(truth_N.size), truth_N]
+        scored = _Scored(score_N, truth_N, bin_N, (n_bins, log_probability_NS.shape[1]))
+        return cls(temperature_B, scored.thresholds(), _levels(scored, patient_N))
+
+    def probability(self, log_probability_NS: NDArray[np.floating], bin_N: NDArray[np.int64]) -> Floats:
+        """Calibrated probabilities."""
+        return tempered(log_probability_NS, self.temperature_B[bin_N])
+
+    def sets(
+        self, probability_NS: NDArray[np.floating], bin_N: NDArray[np.int64], coverage: float
+    ) -> NDArray[np.bool_]:
+        """Which leaves are compatible with each cell; never none of them.
+
+        The true leaf is among them with probability ``coverage``, for each leaf by itself, in cells exchangeable with
+        the held-out ones of the same bin (Vovk 2012, doi:10.1007/s10994-013-5355-6). Cells of another patient are not
+        quite, so that as much more is asked as patients left out of the fit have needed.
+        """
+        at = np.array(COVERAGES)
+        asked = float(np.interp(coverage, at, self.level_C))
+        i = min(int(np.searchsorted(at, asked, "right")) - 1, at.size - 2)
+        part = (asked - at[i]) / (at[i + 1] - at[i])
+        low_BS, high_BS = self.threshold_BSC[..., i], self.threshold_BSC[..., i + 1]
+        held_NS: NDArray[np.bool_] = set_scores(probability_NS) <= (low_BS + part * (high_BS - low_BS))[bin_N]
+        held_NS[np.arange(len(held_NS)), probability_NS.argmax(1)] = True
+        return held_NS
+
+
+def fit_temperature(log_probability_NS: NDArray[np.floating], truth_N: NDArray[np.integer]) -> float:
+    """Temperature with the best likelihood of the true leaves (Guo et al. 2017, arXiv:1706.04599)."""
+
+    def loss(log_temperature: float) -> float:
+        log_NS = log_softmax(log_probability_NS / np.exp(log_temperature), axis=1)
+        return -float(log_NS[np.arange(truth_N.size), truth_N].mean())
+
+    return float(np.exp(minimize_scalar(loss, bounds=LOG_TEMPERATURE, method="bounded").x))
+
+
+def tempered(log_probability_NS: NDArray[np.floating], temperature_N: NDArray[np.floating]) -> Floats:
+    """Probabilities with their logarithm divided by each cell's temperature."""
+    log_NS: Floats = log_softmax(log_probability_NS / temperature_N[:, None], axis=1).astype(np.float32)
+    return np.exp(log_NS)
+
+
+def set_scores(probability_NS: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Probability of the leaves likelier than each leaf, and half its own: small for a leaf that fits.
+
+    The score of adaptive prediction sets (Romano et al. 2020, arXiv:2006.02544) at the middle of its random part, so
+    that the same cell always gets the same set.
+    """
+    order_NS = np.argsort(-probability_NS, axis=1, kind="stable")
+    sorted_NS = np.take_along_axis(probability_NS, order_NS, axis=1)
+    score_NS = np.empty_like(probability_NS)
+    np.put_along_axis(score_NS, order_NS, sorted_NS.cumsum(1) - sorted_NS / 2, axis=1)
+    return score_NS
+
+
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    """Set scores of the true leaves."""
+
+    score_N: NDArray[np.floating]
+    truth_N: NDArray[np.integer]
+    bin_N: NDArray[np.int64]
+    shape: tuple[int, int]
+    """Bins and leaves."""
+
+    def take(self, rows_N: NDArray[np.bool_]) -> _Scored:
+        return _Scored(self.score_N[rows_N], self.truth_N[rows_N], self.bin_N[rows_N], self.shape)
+
+    def thresholds(self) -> Floats:
+        """Quantiles of the score: of the leaf in the bin, else of the leaf, else of the bin, else of all; [B, S, C]."""
+        n_bins, n_leaves = self.shape
+        table = np.empty((n_bins, n_leaves, len(COVERAGES)), np.float32)
+        for s in range(n_leaves):
+            for b in range(n_bins):
+                of_leaf, of_bin = self.truth_N == s, self.bin_N == b
+                pools = (of_leaf & of_bin, of_leaf, of_bin)
+                pool = next((p for p in pools if p.sum() >= MIN_CELLS), np.ones(self.truth_N.size, np.bool_))
+                table[b, s] = _quantiles(self.score_N[pool])
+        return table
+
+
+def _levels(scored: _Scored, patient_N: NDArray[np.object_]) -> Floats:
+    """Quantiles of the coverage at which a true leaf enters its set, each group of patients judged by the others."""
+    patients, code_N = np.unique(patient_N.astype(str), return_inverse=True)
+    if patients.size == 1:
+        return np.array(COVERAGES, np.float32)
+    group_N = code_N % MAX_GROUPS
+    level_N = np.empty(scored.score_N.size)
+    for group in np.unique(group_N):
+        out = group_N == group
+        table = scored.take(~out).thresholds()
+        level_N[out] = _entering(scored.score_N[out], table[scored.bin_N[out], scored.truth_N[out]])
+    return _quantiles(level_N).astype(np.float32)
+
+
+def _entering(score_N: NDArray[np.floating], threshold_NC: Floats) -> NDArray[np.floating]:
+    """Coverage at which each score meets its threshold, by interpolation."""
+    at = np.array(COVERAGES)
+    above_N = np.clip((threshold_NC < score_N[:, None]).sum(1), 1, at.size - 1)
+    rows = np.arange(score_N.size)
+    low_N, high_N = threshold_NC[rows, above_N - 1], threshold_NC[rows, above_N]
+    part_N = np.clip((score_N - low_N) / np.maximum(high_N - low_N, 1e-9), 0, 1)
+    level_N: NDArray[np.floating] = at[above_N - 1] + part_N * (at[above_N] - at[above_N - 1])
+    return level_N
+
+
+def _quantiles(score_N: NDArray[np.floating]) -> NDArray[np.floating]:
+    """The ceil((n + 1) c)-th smallest score, which a further exchangeable one exceeds with probability at most 1 - c.
+
+    Scores are at most 1, which stands where that many cells are not there.
+    """
+    ordered = np.append(np.sort(score_N), 1.0)
+    rank = np.ceil((score_N.size + 1) * np.array(COVERAGES)).astype(int)
+    return np.where(rank == 0, 0.0, ordered[np.clip(rank - 1, 0, score_N.size)])

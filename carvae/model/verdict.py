@@ -1,0 +1,115 @@
+"""Is a sample inside what the model knows? Its figures beside those of the training samples, each held out in turn.
+
+Axes: M training samples, F figures, K latent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from carvae.model.novelty import Reference
+
+Floats = NDArray[np.float32]
+
+FIGURES = {
+    "fraction_unknown": "{value:.0%} of its cells are unknown (nine in ten in training: at most {limit:.0%})",
+    "mean_novelty": "mean novelty {value:.2f} (nine in ten in training: at most {limit:.2f})",
+    "batch_distance": "its mean is {value:.1f} from the nearest training sample (nine in ten: at most {limit:.1f})",
+    "shallowness": "median depth {depth:.0f} counts over the panel (nine in ten in training: at least {least:.0f})",
+}
+"""Figures in which more is worse -> what is said of a sample beyond its limit. Shallowness is -log2 of the median
+counts over the panel, on which a halving is a step."""
+IN_RANGE, WITH_CARE, OUT_OF_RANGE = "in range", "with care", "out of range"
+MOST = 0.9
+"""Share of the training samples that are in range by definition: one may be odd itself."""
+MIN_CELLS = 20
+"""Cells without which a sample has no verdict but caution, and is no measure for others."""
+MIN_STEP = {"fraction_unknown": 0.05, "mean_novelty": 0.05, "batch_distance": 0.5, "shallowness": 0.5}
+"""Least distance between the limits, for cohorts whose samples are all alike."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampleFigures:
+    """What the verdict on one sample rests on."""
+
+    n_cells: int
+    fraction_unknown: float
+    mean_novelty: float
+    batch_distance: float
+    """From its latent mean to that of the nearest training sample, in standard deviations within a state."""
+    shallowness: float
+
+    def array(self) -> NDArray[np.float64]:
+        """The figures in the order of `FIGURES`."""
+        return np.array([getattr(self, name) for name in FIGURES])
+
+
+@dataclass(frozen=True, slots=True)
+class SampleLimits:
+    """How far the training samples went when their patients were held out."""
+
+    care_F: Floats
+    """What nine in ten of them stay within."""
+    out_F: Floats
+    """As far beyond that as it is from their median."""
+
+    @classmethod
+    def fit(cls, samples: list[SampleFigures]) -> SampleLimits | None:
+        """Limits from held-out training samples; None where none has cells enough."""
+        large = [sample.array() for sample in samples if sample.n_cells >= MIN_CELLS]
+        if not large:
+            return None
+        care_F, median_F = np.quantile(large, MOST, axis=0, method="higher"), np.median(large, axis=0)
+        step_F = np.maximum(care_F - median_F, list(MIN_STEP.values()))
+        return cls(care_F.astype(np.float32), (care_F + step_F).astype(np.float32))
+
+    def verdict(
+        self, sample: SampleFigures, overlap: float, care_overlap: float, least_overlap: float
+    ) -> tuple[str, str]:
+        """The verdict and its reasons, the worst first.
+
+        Parameters
+        ----------
+        sample
+            The sample's figures.
+        overlap
+            Share of the panel's genes that it has.
+        care_overlap, least_overlap
+            Shares below which care is due, and below which the model was never tested.
+        """
+        found: list[tuple[int, str]] = []
+        for f, text in enumerate(FIGURES.values()):
+            value, limit = float(sample.array()[f]), float(self.care_F[f])
+            if value > limit:
+                words = text.format(value=value, limit=limit, depth=2.0**-value, least=2.0**-limit)
+                found.append((2 if value > self.out_F[f] else 1, words))
+        if overlap < care_overlap:
+            found.append((2 if overlap < least_overlap else 1, f"{1 - overlap:.0%} of the model's genes are missing"))
+        if sample.n_cells < MIN_CELLS:
+            found.append((1, f"only {sample.n_cells} cells"))
+        if not found:
+            return IN_RANGE, ""
+        found.sort(key=lambda grade: -grade[0])
+        return (OUT_OF_RANGE if found[0][0] > 1 else WITH_CARE), "; ".join(words for _, words in found)
+
+
+def figures(
+    latent_NK: NDArray[np.floating],
+    novelty_N: NDArray[np.floating],
+    counts_N: NDArray[np.floating],
+    reference: Reference,
+    unknown_rate: float,
+) -> SampleFigures:
+    """Figures of one sample from all its cells."""
+    gap_MK = latent_NK.mean(0) - reference.sample_MK
+    squared_M = np.einsum("mk,kl,ml->m", gap_MK, reference.scale_KK, gap_MK)
+    return SampleFigures(
+        n_cells=len(latent_NK),
+        fraction_unknown=float((novelty_N > 1 - unknown_rate).mean()),
+        mean_novelty=float(novelty_N.mean()),
+        batch_distance=float(np.sqrt(max(squared_M.min(), 0.0))),
+        shallowness=-float(np.log2(max(np.median(counts_N), 1.0))),
+    )

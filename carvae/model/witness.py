@@ -1,0 +1,255 @@
+"""Held-out patients seen whole and poorer: what they teach of a model's errors, and how true that is of others.
+
+Axes: N cells, G genes, S leaves of one label axis, T views, B bins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from carvae.data.split import PatientSplit
+from carvae.labels.axis import main_first
+from carvae.model.calibration import MAX_GROUPS, Bins, Calibration
+from carvae.model.cohort import Cohort
+from carvae.model.metrics import expected_calibration_error
+from carvae.model.network import Network
+from carvae.model.novelty import Floats, Reference, Scale, observe, refer, views
+from carvae.model.trust import LEAST_OVERLAP, Trust
+from carvae.model.verdict import SampleFigures, SampleLimits, figures
+
+DEPTHS = (1.0, 0.5, 0.25, 0.1)
+"""Shares of their counts at which held-out cells are seen."""
+OVERLAPS = (1.0, 0.8, LEAST_OVERLAP)
+"""Shares of the panel's genes with which they are seen; which genes is drawn anew for each depth."""
+MAX_CELLS = 10_000
+"""Held-out cells used at each depth and overlap."""
+MIN_LABELLED = 20
+"""Labelled cells of a sample that sets the limits for others."""
+COVERAGE = 0.9
+"""Coverage at which the sets are measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Cells of patients that a network did not see."""
+
+    log_probability: dict[str, Floats]
+    truth: dict[str, NDArray[np.int32]]
+    """Label axis -> leaf by the author, -1 where unknown."""
+    view_NT: NDArray[np.float64]
+    counts_N: NDArray[np.float64]
+    """Counts over the panel, after thinning."""
+    overlap_N: NDArray[np.float64]
+    patient_N: NDArray[np.object_]
+    known_N: NDArray[np.bool_]
+    """Whether the cell bears a label."""
+    whole_N: NDArray[np.bool_]
+    """Whether nothing was taken from the cell."""
+
+    def take(self, rows_N: NDArray[Any]) -> HeldOut:
+        """Some of the cells."""
+        chosen: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            of_axes = isinstance(value, dict)
+            chosen[f.name] = {axis: array[rows_N] for axis, array in value.items()} if of_axes else value[rows_N]
+        return HeldOut(**chosen)
+
+
+@dataclass(frozen=True, slots=True)
+class Witness:
+    """One network's held-out cells, and the samples they make up."""
+
+    cells: HeldOut
+    reference: Reference
+    samples: list[tuple[NDArray[np.intp], Floats]]
+    """Whole cells of each sample (rows of ``cells``), and their latent coordinates."""
+
+
+def reference_of(network: Network, cohort: Cohort, rows_N: NDArray[np.int64], identity: Sequence[str]) -> Reference:
+    """The training cells in ``rows_N`` as the network sees them; ``identity`` names genes that all should express."""
+    assert cohort.cohort_labels is not None
+    counts = cohort.store.counts(rows_N)
+    axis = main_first(a.axis for a in cohort.cohort_labels.labels.axes)[0]
+    observed = observe(network, counts, np.ones(counts.shape[1], np.bool_))
+    sample_N = cohort.obs["sample"].astype("category").cat.codes.to_numpy()[rows_N]
+    code_N = cohort.cohort_labels.labels[axis].code[rows_N]
+    identity_G = np.isin(np.array(cohort.store.header.genes, dtype=object), list(identity))
+    share_G = np.asarray(counts.sum(axis=0, dtype=np.float64)).ravel()
+    return refer(observed, code_N, sample_N, (share_G / share_G.sum()).astype(np.float32), identity_G)
+
+
+def witness(
+    network: Network, cohort: Cohort, split: PatientSplit, identity: Sequence[str], rng: np.random.Generator
+) -> Witness:
+    """Show a network the patients that it was not trained on, whole and with counts and genes taken away."""
+    reference = reference_of(network, cohort, split.train, identity)
+    cells, latent_NK = _seen(
+        network, cohort, split.validation, reference, np.ones(len(cohort.store.header.genes), np.bool_)
+    )
+    sample_N = cohort.obs["sample"].astype(str).to_numpy()[split.validation]
+    samples = [(np.flatnonzero(sample_N == name), latent_NK[sample_N == name]) for name in np.unique(sample_N)]
+    labelled = split.validation[cohort.labelled_N[split.validation]]
+    parts = [cells]
+    for rows_N, depth, kept_G in _poorer(labelled, reference.identity_G > 0, rng):
+        found, _ = _seen(network, cohort, rows_N, reference, kept_G, depth, rng)
+        parts.append(found)
+    return Witness(joined(parts), reference, samples)
+
+
+def _poorer(
+    labelled: NDArray[np.int64], identity_G: NDArray[np.bool_], rng: np.random.Generator
+) -> Iterator[tuple[NDArray[np.int64], float, NDArray[np.bool_]]]:
+    """Cells, share of counts and genes kept, for every depth and overlap but the full one.
+
+    The identity genes stay: hardly an assay of T cells lacks them, and what they say would be watered down.
+    """
+    n_genes = identity_G.size
+    for overlap in OVERLAPS:
+        for depth in DEPTHS:
+            if labelled.size and (overlap, depth) != (1.0, 1.0):
+                kept_G = identity_G.copy()
+                kept_G[rng.permutation(n_genes)[: max(1, round(overlap * n_genes))]] = True
+                yield np.sort(rng.permutation(labelled)[:MAX_CELLS]), depth, kept_G
+
+
+def _seen(
+    network: Network,
+    cohort: Cohort,
+    rows_N: NDArray[np.int64],
+    reference: Reference,
+    kept_G: NDArray[np.bool_],
+    depth: float = 1.0,
+    rng: np.random.Generator | None = None,
+) -> tuple[HeldOut, Floats]:
+    """The cells with a share of their counts and genes, and their latent coordinates."""
+    assert cohort.tree is not None
+    counts = cohort.store.counts(rows_N)
+    if rng is not None:
+        counts.data = rng.binomial(counts.data.astype(np.int64), depth).astype(np.float32)
+        counts = counts.multiply(kept_G[None, :].astype(np.float32)).tocsr()
+    measured, study_N = cohort.store.measured, cohort.study_N[rows_N]
+    parts, strange, order = [], [], []
+    for study in np.unique(study_N):  # studies differ in the genes that they measured
+        own = np.flatnonzero(study_N == study)
+        present_G = measured[study] & kept_G
+        parts.append(observe(network, counts[own], present_G))
+        strange.append(views(parts[-1], reference, counts[own], present_G))
+        order.append(own)
+    back = np.argsort(np.concatenate(order))
+    cells = HeldOut(
+        log_probability={
+            axis: np.concatenate([part.log_probability[axis] for part in parts])[back]
+            for axis in parts[0].log_probability
+        },
+        truth={axis.name: cohort.true_leaf(axis.name)[rows_N] for axis in cohort.tree.axes},
+        view_NT=np.concatenate(strange)[back],
+        counts_N=np.asarray(counts.sum(axis=1), np.float64).ravel(),
+        overlap_N=np.full(rows_N.size, round(float(kept_G.mean()), 2)),
+        patient_N=cohort.obs["patient"].astype(str).to_numpy(object)[rows_N],
+        known_N=cohort.labelled_N[rows_N],
+        whole_N=np.full(rows_N.size, rng is None),
+    )
+    return cells, np.concatenate([part.latent_NK for part in parts])[back]
+
+
+def joined(parts: Sequence[HeldOut]) -> HeldOut:
+    """All cells together."""
+    arrays: dict[str, Any] = {}
+    for f in fields(HeldOut):
+        values = [getattr(part, f.name) for part in parts]
+        arrays[f.name] = (
+            {axis: np.concatenate([value[axis] for value in values]) for axis in values[0]}
+            if isinstance(values[0], dict)
+            else np.concatenate(values)
+        )
+    return HeldOut(**arrays)
+
+
+def learn(witnesses: Sequence[Witness], reference: Reference, unknown_rate: float) -> Trust | None:
+    """What held-out patients teach a network whose training cells are ``reference``; None without labelled ones."""
+    cells = joined([w.cells for w in witnesses])
+    if not cells.known_N.any():
+        return None
+    bins, scale, calibration = _fitted(cells.take(np.flatnonzero(cells.known_N)))
+    samples: list[SampleFigures] = []
+    for seen in witnesses:
+        for rows, latent_NK in seen.samples:
+            own = seen.cells.take(rows)
+            if own.known_N.sum() < MIN_LABELLED:
+                continue  # a sorted fraction of other cells, say, which sets no example
+            novelty_N = scale.novelty(own.view_NT, bins.of(own.counts_N, own.overlap_N))
+            samples.append(figures(latent_NK, novelty_N, own.counts_N, seen.reference, unknown_rate))
+    return Trust(reference, bins, scale, calibration, SampleLimits.fit(samples), unknown_rate)
+
+
+def _fitted(known: HeldOut) -> tuple[Bins, Scale, dict[str, Calibration]]:
+    bins = Bins.fit(known.counts_N, known.overlap_N)
+    bin_N = bins.of(known.counts_N, known.overlap_N)
+    calibration = {}
+    for axis, truth_N in known.truth.items():
+        sure = truth_N >= 0
+        if sure.any():
+            log_NS, whose_N = known.log_probability[axis][sure], known.patient_N[sure]
+            calibration[axis] = Calibration.fit(log_NS, truth_N[sure], bin_N[sure], bins.n, whose_N)
+    return bins, Scale.fit(known.view_NT, bin_N, bins.n), calibration
+
+
+def measure(witnesses: Sequence[Witness], unknown_rate: float) -> dict[str, Any]:
+    """How true it all is of patients that taught nothing: fitted on the others, each group of patients in turn.
+
+    Returns
+    -------
+    Per label axis the calibration error before and after, coverage and mean size of the 90% sets, each for whole cells
+    and for the poorer ones; and the share of cells of known states called unknown. Empty with a single patient.
+    """
+    cells = joined([w.cells for w in witnesses])
+    known = cells.take(np.flatnonzero(cells.known_N))
+    patients = np.unique(known.patient_N)
+    if patients.size <= 1:
+        return {}
+    group_N = np.searchsorted(patients, known.patient_N) % min(MAX_GROUPS, patients.size)
+    tested = [_tested(known, group_N == g, unknown_rate) for g in np.unique(group_N)]
+    whole = np.concatenate([known.whole_N[group_N == g] for g in np.unique(group_N)])
+    unknown = np.concatenate([found.pop("unknown") for found in tested])
+    result: dict[str, Any] = {
+        "patients": int(patients.size),
+        "unknown_rate": {"asked": unknown_rate, "whole": _mean(unknown[whole]), "poorer": _mean(unknown[~whole])},
+    }
+    for axis in set.intersection(*map(set, tested)):
+        raw, tempered, truth, held = (np.concatenate(values) for values in zip(*(f[axis] for f in tested), strict=True))
+        for name, rows in (("whole", whole), ("poorer", ~whole)):
+            sure = rows & (truth >= 0)
+            if sure.any():
+                inside = held[sure, truth[sure]]
+                result.setdefault(axis, {})[name] = {
+                    "n_cells": int(sure.sum()),
+                    "ece_before": expected_calibration_error(raw[sure], truth[sure]),
+                    "ece": expected_calibration_error(tempered[sure], truth[sure]),
+                    "coverage": _mean(inside),
+                    "set_size": _mean(held[sure].sum(1)),
+                }
+    return result
+
+
+def _tested(known: HeldOut, out: NDArray[np.bool_], unknown_rate: float) -> dict[str, Any]:
+    """What the cells outside ``out`` say of those in it."""
+    bins, scale, calibration = _fitted(known.take(np.flatnonzero(~out)))
+    test = known.take(np.flatnonzero(out))
+    bin_N = bins.of(test.counts_N, test.overlap_N)
+    found: dict[str, Any] = {"unknown": scale.novelty(test.view_NT, bin_N) > 1 - unknown_rate}
+    for axis, fitted in calibration.items():
+        log_NS = test.log_probability[axis]
+        probability_NS = fitted.probability(log_NS, bin_N)
+        held_NS = fitted.sets(probability_NS, bin_N, COVERAGE)
+        found[axis] = (np.exp(log_NS), probability_NS, test.truth[axis], held_NS)
+    return found
+
+
+def _mean(values: NDArray[Any]) -> float:
+    return float(values.mean()) if values.size else 0.0

@@ -1,0 +1,128 @@
+"""Calibration: temperatures found again, and sets that hold the true leaf as often as they say, also under shift."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.special import log_softmax
+
+from carvae.model.calibration import COVERAGES, Bins, Calibration, fit_temperature, set_scores, tempered
+from carvae.model.metrics import expected_calibration_error
+
+N_LEAVES = 4
+ONE = np.full(40_000, "P1", dtype=object)
+"""All cells of one patient."""
+
+
+def world(n: int, seed: int, sharpness: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """True log probabilities of cells, and leaves drawn from them; classes are unbalanced."""
+    rng = np.random.default_rng(seed)
+    logits = sharpness * rng.normal(0, 2, (n, N_LEAVES)) - np.arange(N_LEAVES) * 0.7
+    log_p = log_softmax(logits, axis=1)
+    truth = (rng.random((n, 1)) > np.exp(log_p).cumsum(1)).sum(1).clip(max=N_LEAVES - 1)
+    return log_p, truth
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_a_temperature_is_found_again(temperature: float) -> None:
+    log_p, truth = world(20_000, 0)
+    distorted = log_softmax(log_p * temperature, axis=1)
+    assert fit_temperature(distorted, truth) == pytest.approx(temperature, rel=0.05)
+
+
+def test_calibration_repairs_an_overconfident_model_and_keeps_its_choices() -> None:
+    log_p, truth = world(12_000, 1)
+    loud = log_softmax(log_p * 3, axis=1)
+    half, bin_n = 6000, np.zeros(6000, np.int64)
+    fitted = Calibration.fit(loud[:half], truth[:half], bin_n, 1, ONE[: len(bin_n)])
+    quiet = fitted.probability(loud[half:], bin_n)
+    assert expected_calibration_error(np.exp(loud[half:]), truth[half:]) > 0.1
+    assert expected_calibration_error(quiet, truth[half:]) < 0.03
+    np.testing.assert_array_equal(quiet.argmax(1), loud[half:].argmax(1))
+
+
+@pytest.mark.parametrize("coverage", [0.5, 0.77, 0.9, 0.95])
+def test_sets_cover_each_leaf_as_often_as_stated(coverage: float) -> None:
+    log_p, truth = world(40_000, 2)
+    half, bin_n = 20_000, np.zeros(20_000, np.int64)
+    fitted = Calibration.fit(log_p[:half], truth[:half], bin_n, 1, ONE[: len(bin_n)])
+    held = fitted.sets(fitted.probability(log_p[half:], bin_n), bin_n, coverage)
+    covered = held[np.arange(half), truth[half:]]
+    for leaf in range(N_LEAVES):
+        found = covered[truth[half:] == leaf].mean()
+        assert found > coverage - 0.025
+        best = (log_p[half:].argmax(1) == truth[half:])[truth[half:] == leaf].mean()
+        assert found < max(coverage, best) + 0.025  # the likeliest leaf is always in the set
+
+
+def test_coverage_holds_in_each_bin_where_a_single_threshold_fails() -> None:
+    deep, shallow = world(20_000, 3, sharpness=2.0), world(20_000, 4, sharpness=0.3)
+    order = np.random.default_rng(0).permutation(40_000)
+    log_p = np.concatenate([log_softmax(deep[0] * 1.5, 1), log_softmax(shallow[0] * 4, 1)])[order]
+    truth = np.concatenate([deep[1], shallow[1]])[order]
+    bin_n = np.repeat([0, 1], 20_000)[order]
+    one, test = slice(0, 20_000), slice(20_000, None)
+
+    def gap(bins: np.ndarray, n: int) -> float:
+        fitted = Calibration.fit(log_p[one], truth[one], bins[one], n, ONE[:20_000])
+        held = fitted.sets(fitted.probability(log_p[test], bins[test]), bins[test], 0.9)
+        covered = held[np.arange(20_000), truth[test]]
+        return max(abs(covered[bin_n[test] == b].mean() - 0.9) for b in (0, 1))
+
+    assert gap(bin_n, 2) < 0.025
+    assert gap(np.zeros_like(bin_n), 1) > 0.035
+
+
+@given(st.integers(0, 10_000), st.floats(0.3, 3.0))
+def test_sets_are_nested_never_empty_and_hold_the_best(seed: int, temperature: float) -> None:
+    log_p, truth = world(60, seed)
+    bin_n = np.arange(60) % 2
+    fitted = Calibration.fit(log_softmax(log_p * temperature, axis=1), truth, bin_n, 2, ONE[:60])
+    p = fitted.probability(log_p, bin_n)
+    smaller = fitted.sets(p, bin_n, 0.6)
+    assert smaller[np.arange(60), p.argmax(1)].all()
+    assert (smaller <= fitted.sets(p, bin_n, 0.93)).all()
+    assert (np.diff(fitted.threshold_BSC, axis=2) >= 0).all()
+    assert fitted.threshold_BSC.shape == (2, N_LEAVES, len(COVERAGES))
+
+
+def test_set_scores_are_the_mass_before_a_leaf_and_half_its_own() -> None:
+    np.testing.assert_allclose(set_scores(np.array([[0.2, 0.5, 0.3]])), [[0.9, 0.25, 0.65]])
+
+
+def test_tempering_divides_log_probabilities() -> None:
+    p = tempered(np.log(np.array([[0.8, 0.2]])), np.array([2.0]))
+    np.testing.assert_allclose(p, [[2 / 3, 1 / 3]], rtol=1e-6)  # sqrt(0.8) : sqrt(0.2) = 2 : 1
+
+
+def test_bins_are_equally_filled_and_the_nearest_overlap_counts() -> None:
+    counts = np.tile(np.arange(1000.0), 2)
+    bins = Bins.fit(counts, np.repeat([1.0, 0.5], 1000))
+    of = bins.of(counts[:1000], 1.0)
+    assert np.bincount(of, minlength=bins.n).tolist() == [0] * 5 + [200] * 5
+    assert bins.of(np.array([0.0, 1e9]), 0.6).tolist() == [0, 4]
+    assert bins.of(np.array([0.0, 1e9]), 0.9).tolist() == [5, 9]
+
+
+def patients(n_patients: int, n_cells: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cells whose patient shifts what a model says of them, each patient in its own direction."""
+    log_p, truth = world(n_patients * n_cells, seed)
+    shift = np.random.default_rng((seed, 1)).normal(0, 1.2, (n_patients, N_LEAVES))
+    said = log_softmax(log_p + np.repeat(shift, n_cells, axis=0), axis=1)
+    return said, truth, np.repeat([f"P{i}" for i in range(n_patients)], n_cells).astype(object)
+
+
+def test_new_patients_are_covered_where_a_fit_on_pooled_cells_covers_too_few() -> None:
+    new, truth_of_new, _ = patients(150, 100, 99)
+    bin_n = np.zeros(truth_of_new.size, np.int64)
+    covered: dict[bool, list[float]] = {True: [], False: []}
+    for seed in range(6):
+        said, truth, whose = patients(6, 500, seed)
+        for by_patient, who in ((True, whose), (False, ONE[: len(whose)])):
+            fitted = Calibration.fit(said, truth, np.zeros(truth.size, np.int64), 1, who)
+            held = fitted.sets(fitted.probability(new, bin_n), bin_n, 0.9)
+            covered[by_patient].append(float(held[np.arange(truth_of_new.size), truth_of_new].mean()))
+    assert np.mean(covered[True]) > np.mean(covered[False]) + 0.005
+    assert 0.88 < np.mean(covered[True]) < 0.93
