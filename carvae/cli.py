@@ -68,6 +68,21 @@ def annotate(query: Query, model: Model, out: Out, overrides: Overrides = None, 
 
 
 @app.command()
+def plan(
+    query: Query,
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder for plan.csv and plan.png.")],
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+) -> None:
+    """Find the fewest cells and counts per cell that keep the answer, by thinning the data of a sample at hand."""
+    settings = _start(quiet, None, _only(overrides, "plan.", "predict.", "seed="))
+    from carvae.plan import run
+
+    run(query, model, out, settings.plan, settings.predict, settings.seed)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo"), quiet: Quiet = False
 ) -> None:
@@ -89,12 +104,18 @@ def main() -> None:
 
 
 def _predict(query: Path, model: Path, out: Path, overrides: list[str] | None, quiet: bool, *, label: bool) -> None:
-    settings = _start(quiet, None, overrides)
-    if idle := [override for override in overrides or [] if not override.startswith("predict.")]:
-        raise ConfigError(f"{', '.join(map(repr, idle))} changes nothing here; a query verb reads predict.* alone")
+    settings = _start(quiet, None, _only(overrides, "predict."))
     from carvae.predict import run
 
     run(query, model, out, settings.predict, label=label)
+
+
+def _only(overrides: list[str] | None, *known: str) -> list[str]:
+    """The overrides, all of which a verb reads."""
+    if idle := [override for override in overrides or [] if not override.startswith(known)]:
+        read = " and ".join(f"{name.rstrip('=')}*" if name.endswith(".") else name.rstrip("=") for name in known)
+        raise ConfigError(f"{', '.join(map(repr, idle))} changes nothing here; this verb reads {read} alone")
+    return overrides or []
 
 
 def _start(quiet: bool, config: Path | None = None, overrides: list[str] | None = None) -> Config:

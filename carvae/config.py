@@ -199,6 +199,29 @@ class PredictConfig(Section):
     coverage: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Writes for every cell the set of states that holds the true one with this probability (``carvae_set``), and the
     finest state or group of states that is at least so probable (``carvae_state_sure``)."""
+    precision: Literal["32-true", "bf16"] = "32-true"
+    """Arithmetic of the encoder's first layer where cells are embedded; bf16 moves coordinates by about a hundredth."""
+    dask: str | None = None
+    """Workers: the address of a Dask scheduler (``tcp://HOST:8786``), or ``local`` or ``local:N`` for N processes on
+    this machine. All workers must be able to read the query and the model under their paths."""
+
+
+class PlanConfig(Section):
+    """What fewer cells and fewer counts per cell would cost, tried on the user's own data."""
+
+    umis: tuple[int, ...] = (250, 500, 1000, 2000, 4000, 8000)
+    """Mean UMIs per cell that are tried, beside the depth of the data; deeper ones than the data's are left out."""
+    cells: tuple[int, ...] = (100, 200, 400, 800, 1600, 3200)
+    """Cells per sample that are tried, beside all of them; a sample that has fewer is left out there."""
+    draws: int = Field(10, ge=1)
+    """Random draws of every design."""
+    max_cells: int = Field(20_000, ge=1)
+    """Cells taken of the query, evenly over its samples; bounds memory and time."""
+    max_error: Fraction = 0.1
+    """Greatest error of a sample's composition (total variation distance, median over the draws) that is accepted."""
+    reads_per_cell: float | None = Field(None, gt=0)
+    """Mean reads per cell of the query as sequenced (Cell Ranger's summary tells it). With it costs are in reads: UMIs
+    saturate as ``C (1 - exp(-reads / C))`` with C molecules per cell. Without it costs are in UMIs."""
 
 
 class Config(Section):
@@ -213,6 +236,7 @@ class Config(Section):
     model: ModelConfig = Field(default_factory=ModelConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     predict: PredictConfig = Field(default_factory=PredictConfig)
+    plan: PlanConfig = Field(default_factory=PlanConfig)
 
     @model_validator(mode="after")
     def _covariates_are_contract_names(self) -> Config:

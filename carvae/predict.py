@@ -1,42 +1,42 @@
 """Embed and label new samples with a bundle: no training, no batch names, any number of cells.
 
-Cells stream through in chunks; what is kept per cell is its row of the result, never its counts.
-
-Axes: N cells, K latent, S leaves of one label axis.
+Cells stream through in chunks, read by a thread, written by another, or labelled by the workers of a Dask cluster;
+every file is read once, and what is kept of a cell is some bytes.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 from anndata import AnnData
-from numpy.typing import NDArray
 
 from carvae import __version__
 from carvae.config import PredictConfig
-from carvae.data.genes import GeneReceipt, GeneTable
-from carvae.data.readers import CountsSource, open_samples, open_source
-from carvae.data.results import CellResults, add_results, check_output, samples_path, write_results
-from carvae.data.schema import query_samples
-from carvae.errors import BundleError
-from carvae.labels.axis import RESERVED, main_first
-from carvae.labels.signatures import coverage, score
+from carvae.data.atomic import replacing_file
+from carvae.data.genes import GeneReceipt
+from carvae.data.readers import CountsSource, open_samples, open_source, refuse_shared
+from carvae.data.results import CellResults, add_results, check_output, samples_path, writing_results
+from carvae.data.schema import contract_columns, query_samples
+from carvae.errors import BundleError, ConfigError, CountsError
+from carvae.model.ahead import Behind, ahead, on_dask
 from carvae.model.bundle import Bundle, load
-from carvae.model.network import Prediction
-from carvae.model.trust import Judged, sample_verdicts, set_columns
+from carvae.model.labeller import Labelled, Labeller
+from carvae.model.sample_table import SampleTable, Verdicts
 
 log = logging.getLogger(__name__)
 
-MARKERS = ("LAG3", "PDCD1", "HAVCR2")
-"""Exhaustion markers whose detection (one count or more) is reported per sample."""
+CHUNKS_PER_TASK = 8
+"""Chunks that a Dask worker labels at a time."""
 
 
 def annotate(adata: AnnData, model: Bundle | Path | str, config: PredictConfig | None = None) -> AnnData:
@@ -79,27 +79,32 @@ def run(query: Path, model: Path, out: Path, config: PredictConfig, *, label: bo
         The query or the model cannot be used; nothing is written then.
     """
     check_output(query, out)
-    bundle = load(model)
-    sources = open_samples(query, counts=config.counts)
-    results, samples = _results(sources, bundle, config, label=label)
-    write_results(query, sources, results, out, samples)
-    log.info("wrote %s%s", out, "" if samples is None else f" and {samples_path(out)}")
+    bundle = _labelling(load(model), config, label)
+    try:
+        _write(_Pass(query, bundle, config, label=label, whole=False), model, out)
+    except CountsError:  # not where the first cells pointed to: all places are looked through
+        _write(_Pass(query, bundle, config, label=label, whole=True), model, out)
+    log.info("wrote %s%s", out, f" and {samples_path(out)}" if label else "")
     return out
 
 
 def _in_memory(adata: AnnData, model: Bundle | Path | str, config: PredictConfig | None, *, label: bool) -> AnnData:
-    bundle = model if isinstance(model, Bundle) else load(model)
     config = config or PredictConfig()
-    results, _ = _results([open_source(adata, counts=config.counts)], bundle, config, label=label)
+    bundle = _labelling(model if isinstance(model, Bundle) else load(model), config, label)
+    if config.dask is not None:
+        raise ConfigError(
+            "predict.dask works on files, not on an AnnData in memory; leave it out, or write the AnnData"
+        )
+    try:
+        results, uns = _results(_Pass(adata, bundle, config, label=label, whole=False))
+    except CountsError:
+        results, uns = _results(_Pass(adata, bundle, config, label=label, whole=True))
     result = adata.to_memory() if adata.isbacked else adata.copy()
-    add_results(result, results)
+    add_results(result, results, uns)
     return result
 
 
-def _results(
-    sources: Sequence[CountsSource], bundle: Bundle, config: PredictConfig, *, label: bool
-) -> tuple[CellResults, pd.DataFrame | None]:
-    """What is said of every cell of every source, and the table of samples where cells are labelled."""
+def _labelling(bundle: Bundle, config: PredictConfig, label: bool) -> Bundle:
     if label and bundle.tree is None:
         raise BundleError("this model was trained without labels; use `carvae embed`, or train with labels")
     if label and config.coverage is not None and bundle.trust is None:
@@ -107,147 +112,178 @@ def _results(
             "predict.coverage asks for sets of states, and this model was trained without patients held out to learn "
             "them on; leave it out, or train with train.calibration_folds"
         )
-    parts = [_Stream(source, bundle, config, label=label).run() for source in sources]
-    receipts = [part.receipt for part in parts]
-    worst = min(receipts, key=lambda receipt: receipt.overlap)
-    log.info("genes: %s", worst.sentence())
-    if worst.overlap < config.warn_overlap:
-        log.warning("%s", _missing_gene_warning(worst, bundle))
-    cells = pd.concat([part.cells for part in parts])
-    sample = np.concatenate([part.sample for part in parts])
-    states = {axis.name: axis.leaves for axis in bundle.tree.axes} if label and bundle.tree else {}
-    obs = cells.drop(columns=_marker_columns(), errors="ignore")
-    results = CellResults(
-        obs=obs,
-        sample=sample,
-        latent=np.concatenate([part.latent for part in parts]),
-        probability={
-            "carvae_probability" if axis == bundle.axes[0] else f"carvae_{axis}_probability": np.concatenate(
-                [part.probability[axis] for part in parts]
-            )
-            for axis in states
-        },
-        uns=_provenance(bundle, config, worst, states) | _counts_from(sources),
-    )
-    if not label:
-        return results, None
-    results.uns["columns"] = np.array(list(obs), dtype=object)  # a later run replaces these and no others
-    table = _sample_table(cells, sample, states)
-    if bundle.trust is None:
-        return results, table
-    overlap = np.concatenate([np.full(len(part.cells), part.receipt.overlap) for part in parts])
-    return results, table.join(sample_verdicts(bundle.trust, results, overlap, config.warn_overlap), on="sample")
+    return bundle
 
 
-@dataclass(slots=True)
-class _Part:
-    """Results of one source."""
-
-    cells: pd.DataFrame
-    sample: NDArray[np.object_]
-    latent: NDArray[np.float32]
-    probability: dict[str, NDArray[np.float32]]
-    receipt: GeneReceipt
+def _results(work: _Pass) -> tuple[CellResults, dict[str, Any]]:
+    parts = []
+    for part in work.labelled():
+        work.add(part)
+        parts.append(part.results)
+    return CellResults.joined(parts), work.uns(work.confirmed())
 
 
-class _Stream:
-    """One source on its way through the network."""
+def _write(work: _Pass, model: Path, out: Path) -> None:
+    """All results to ``out``, and the table of samples beside it; both appear when both are complete."""
+    assert isinstance(work.query, Path)
+    parts = work.labelled() if work.config.dask is None else work.labelled_on_dask(work.config.dask, model)
+    with ExitStack() as stack:
+        table = stack.enter_context(replacing_file(samples_path(out))) if work.label else None
+        writer = stack.enter_context(writing_results(work.query, work.sources, work.sample, out))
+        with Behind(writer.append) as write:
+            for part in parts:
+                work.add(part)
+                write(part.results)
+        sources = work.confirmed()
+        writer.finish(sources, work.uns(sources))
+        if table is not None and work.table is not None:
+            work.table.frame().to_csv(table, index=False)
 
-    def __init__(self, source: CountsSource, bundle: Bundle, config: PredictConfig, *, label: bool) -> None:
-        self.source, self.bundle, self.config, self.label = source, bundle, config, label
-        self.sample, notes = query_samples(source.obs, source.name, config.sample)
+
+class _Pass:
+    """One pass over all cells of a query."""
+
+    def __init__(
+        self, query: Path | AnnData, bundle: Bundle, config: PredictConfig, *, label: bool, whole: bool
+    ) -> None:
+        self.query, self.bundle, self.config, self.label, self.whole = query, bundle, config, label, whole
+        self.sources = _open(query, config.counts, whole)
+        self.sample = pd.Categorical(np.concatenate([self._samples(source) for source in self.sources]))
+        self.labellers = [Labeller(source, bundle, config, label=label) for source in self.sources]
+        self._say_genes()
+        trees = bundle.tree.axes if label and bundle.tree else ()
+        self.states = {axis.name: axis.leaves for axis in trees}
+        verdicts = None if bundle.trust is None else Verdicts(bundle.trust, config.warn_overlap)
+        self.table = SampleTable(self.sample, self.states, verdicts) if label else None
+        self.parts: list[_Kept] = []
+        self.columns: list[str] = []
+
+    def _samples(self, source: CountsSource) -> np.ndarray[Any, np.dtype[np.object_]]:
+        columns = source.cells.columns
+        wanted = {*contract_columns(columns), self.config.sample}
+        obs = source.cells.frame([column for column in columns if column in wanted])
+        sample, notes = query_samples(obs, source.name, self.config.sample)
         for note in (*source.notes, *notes):
             log.info("%s: %s", source.name, note)
-        resolved = GeneTable.default().resolve(source.genes, source.gene_ids)
-        alignment = bundle.align(resolved, config.min_overlap)
-        self.matrix, self.present, self.receipt = alignment.matrix, alignment.present, alignment.receipt
-        self.symbols = [str(symbol) for symbol in resolved.symbols]
-        unscored = [s.signature for s in coverage(self.symbols, bundle.signatures) if not s.scored]
-        if label and unscored:
-            log.info("%s: too few genes to score %s; those columns are empty", source.name, ", ".join(unscored))
-        columns = [np.flatnonzero(resolved.symbols == gene) for gene in MARKERS]
-        self.markers = {gene: column for gene, column in zip(MARKERS, columns, strict=True) if column.size}
+        return sample
 
-    def run(self) -> _Part:
-        """Read, align, embed and label every chunk."""
-        latent, probability, tables = [], [], []
-        for chunk in self.source.chunks(self.config.chunk_size):
-            panel = (chunk @ self.matrix).tocsr()
-            prediction = self._predict(panel)
-            latent.append(prediction.latent_NK)
-            if self.label:
-                probability.append(prediction.probability_NS)
-                tables.append(self._table(chunk, panel, prediction))
-        cells = pd.concat(tables, ignore_index=True) if self.label else pd.DataFrame(index=range(self.source.n_cells))
-        cells.index = self.source.obs.index
-        axes = probability[0] if probability else ()
-        scored = {a: np.concatenate([p[a] for p in probability]) for a in axes}
-        return _Part(cells, self.sample, np.concatenate(latent), scored, self.receipt)
+    def _say_genes(self) -> None:
+        log.info("genes: %s", self.worst.sentence())
+        if self.worst.overlap < self.config.warn_overlap:
+            log.warning("%s", _missing_gene_warning(self.worst, self.bundle))
+        for source, labeller in zip(self.sources, self.labellers, strict=True):
+            if self.label and labeller.unscored:
+                missing = ", ".join(labeller.unscored)
+                log.info("%s: too few genes to score %s; those columns are empty", source.name, missing)
 
-    def _predict(self, panel: sp.csr_matrix) -> Prediction | Judged:
-        trust, network = self.bundle.trust, self.bundle.network
-        return trust.judge(network, panel, self.present) if trust and self.label else network.predict(panel)
+    @property
+    def worst(self) -> GeneReceipt:
+        """How the genes of the source that has the fewest met the panel."""
+        return min((labeller.alignment.receipt for labeller in self.labellers), key=lambda receipt: receipt.overlap)
 
-    def _table(self, chunk: sp.csr_matrix, panel: sp.csr_matrix, prediction: Prediction | Judged) -> pd.DataFrame:
-        assert self.bundle.tree is not None
-        panel_counts = np.asarray(panel.sum(axis=1)).ravel()
-        seen = panel_counts >= self.config.min_counts
-        main = self.bundle.axes[0]
-        table: dict[str, Any] = {}
-        known = seen
-        if self.bundle.trust is not None and isinstance(prediction, Judged):
-            known = seen & ~self.bundle.trust.unknown(prediction)
-            table["carvae_novelty"] = np.where(seen, prediction.novelty_N, np.nan).astype(np.float32)
-            if self.config.coverage is not None:
-                table |= set_columns(self.bundle.trust, self.bundle.tree, prediction, known, self.config.coverage)
-        for axis in map(self.bundle.tree.__getitem__, self.bundle.axes):
-            probability = prediction.probability_NS[axis.name]
-            names = np.array([*axis.leaves, RESERVED])
-            code = np.where(known, probability.argmax(1), len(axis.leaves))
-            table[f"carvae_{axis.name}"] = pd.Categorical(names[code], categories=names)
-            table[f"carvae_{axis.name}_best"] = pd.Categorical(names[probability.argmax(1)], categories=names[:-1])
-            confidence = "carvae_confidence" if axis.name == main else f"carvae_{axis.name}_confidence"
-            table[confidence] = np.where(seen, probability.max(1), 0.0).astype(np.float32)
-        table["carvae_n_counts"] = np.asarray(chunk.sum(axis=1)).ravel()
-        table["carvae_n_panel_counts"] = panel_counts
-        for gene, columns in self.markers.items():
-            table[f"{gene}+"] = np.asarray(chunk[:, columns].sum(axis=1)).ravel() > 0
-        scores = score(chunk, self.symbols, self.bundle.signatures)
-        return pd.DataFrame(table).assign(
-            **{f"carvae_score_{name}": scores[name].to_numpy(np.float32) for name in scores}
+    def labelled(self) -> Iterator[Labelled]:
+        """What is said of each chunk, in order; the next one is read meanwhile."""
+        for source, labeller in zip(self.sources, self.labellers, strict=True):
+            for block in ahead(source.blocks(self.config.chunk_size)):
+                yield labeller(block)
+
+    def labelled_on_dask(self, address: str, model: Path) -> Iterator[Labelled]:
+        """As `labelled`, by the workers of a cluster; the chunks, and so the results, are the same."""
+        assert isinstance(self.query, Path)
+        query = _Query(self.query.resolve(), model.resolve(), self.config, self.label, self.whole, secrets.token_hex(8))
+        step = CHUNKS_PER_TASK * self.config.chunk_size
+        tasks = (
+            _Task(query, number, slice(start, start + step))
+            for number, source in enumerate(self.sources)
+            for start in range(0, source.n_cells, step)
         )
+        for parts in on_dask(address, _do, tasks):
+            yield from parts
+
+    def add(self, part: Labelled) -> None:
+        """Keep what is to be known of the cells in the end."""
+        self.parts.append(_Kept(part.total_N, part.print_N, part.largest))
+        self.columns = list(map(str, part.results.obs))
+        if self.table is not None:
+            self.table.add(part)
+
+    def confirmed(self) -> list[CountsSource]:
+        """The sources, verified now that all was read.
+
+        Raises
+        ------
+        CountsError, ReadError
+            They hold no raw counts after all, or two of them hold the same cells.
+        """
+        total_N = np.concatenate([part.total_N for part in self.parts])
+        print_N = np.concatenate([part.print_N for part in self.parts])
+        largest, first, confirmed = max(part.largest for part in self.parts), 0, []
+        for source in self.sources:
+            own = slice(first, first + source.n_cells)
+            confirmed.append(source.confirmed(total_N[own], print_N[own], largest))
+            for note in confirmed[-1].notes[len(source.notes) :]:
+                log.info("%s: %s", source.name, note)
+            first += source.n_cells
+        if len(confirmed) > 1:
+            refuse_shared(confirmed)
+        return confirmed
+
+    def uns(self, sources: Sequence[CountsSource]) -> dict[str, Any]:
+        """``uns["carvae"]``: where every column comes from."""
+        columns = {"columns": np.array(self.columns, dtype=object)} if self.label else {}
+        # a later run replaces these columns and no others
+        return _provenance(self.bundle, self.config, self.worst, self.states) | _counts_from(sources) | columns
 
 
-def _marker_columns() -> list[str]:
-    return [f"{gene}+" for gene in MARKERS]
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What is kept of a chunk."""
+
+    total_N: np.ndarray[Any, np.dtype[np.int64]]
+    print_N: np.ndarray[Any, np.dtype[np.uint64]]
+    largest: int
 
 
-def _sample_table(cells: pd.DataFrame, sample: NDArray[np.object_], states: dict[str, tuple[str, ...]]) -> pd.DataFrame:
-    """One row per sample: cells, depth, composition over states, mean signature scores, marker-positive fractions.
+@dataclass(frozen=True, slots=True)
+class _Query:
+    """All that a worker needs to know of a run."""
 
-    Fractions and means are over the cells used, those that are not ``unknown``.
-    """
-    main = f"carvae_{main_first(states)[0]}"
-    rows = []
-    for name, group in cells.groupby(sample, sort=True):
-        used = group[group[main] != RESERVED]
-        row: dict[str, Any] = {"sample": name, "n_cells": len(group), "n_cells_used": len(used)}
-        row["median_counts"] = float(group["carvae_n_counts"].median())
-        row["mean_confidence"] = float(used["carvae_confidence"].mean())
-        for axis, leaves in states.items():
-            row |= {f"fraction {leaf}": float((used[f"carvae_{axis}"] == leaf).mean()) for leaf in leaves}
-        row |= {f"fraction {marker}": float(used[marker].mean()) for marker in _marker_columns() if marker in used}
-        scores = [c for c in map(str, used) if c.startswith("carvae_score_")]
-        row |= {f"mean {c.removeprefix('carvae_')}": float(used[c].mean()) for c in scores}
-        rows.append(row)
-    shallow = sum(row["n_cells"] - row["n_cells_used"] for row in rows)
-    if shallow:
-        log.info(
-            "%s of %s cells are unknown: too few counts over the model's genes, or unlike what the model knows",
-            f"{shallow:,}",
-            f"{len(cells):,}",
-        )
-    return pd.DataFrame(rows)
+    query: Path
+    model: Path
+    config: PredictConfig
+    label: bool
+    whole: bool
+    run: str
+    """Tells runs apart: a later one may find other files in the same places."""
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Some cells of one source."""
+
+    query: _Query
+    source: int
+    cells: slice
+
+
+def _do(task: _Task) -> list[Labelled]:
+    """What a worker does."""
+    source, labeller = _at_worker(task.query)[task.source]
+    return [labeller(block) for block in source.blocks(task.query.config.chunk_size, task.cells)]
+
+
+@lru_cache(maxsize=1)
+def _at_worker(query: _Query) -> list[tuple[CountsSource, Labeller]]:
+    """Model and sources, opened once by each worker."""
+    bundle = load(query.model)
+    sources = _open(query.query, query.config.counts, query.whole)
+    return [(source, Labeller(source, bundle, query.config, label=query.label)) for source in sources]
+
+
+def _open(query: Path | AnnData, counts: str, whole: bool) -> list[CountsSource]:
+    if isinstance(query, AnnData):
+        return [open_source(query, counts=counts, whole=whole)]
+    return open_samples(query, counts=counts, whole=whole)
 
 
 def _counts_from(sources: Sequence[CountsSource]) -> dict[str, Any]:

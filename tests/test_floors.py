@@ -24,7 +24,7 @@ FLOOR = {
     **dict.fromkeys(("data", "labels"), 2),
     "model": 3,
     **dict.fromkeys(("ingest", "train", "predict", "report"), 4),
-    **dict.fromkeys(("demo", "evaluate", "app"), 5),
+    **dict.fromkeys(("demo", "evaluate", "app", "plan"), 5),
     "cli": 6,
     "__main__": 7,
 }

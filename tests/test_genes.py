@@ -220,7 +220,7 @@ def test_counts_are_summed_by_gene_and_none_is_lost(dtype: type, names: list[str
     genes = GeneTable.default().resolve(names, None)
     alignment = align(genes, PANEL)
     counts = sparse.csr_matrix(np.random.default_rng(seed).integers(0, 70_000, (4, len(names))).astype(dtype))
-    aligned = counts @ alignment.matrix
+    aligned = alignment.apply(counts)
     assert aligned.dtype == dtype
     assert aligned.shape == (4, len(PANEL))
     for column, symbol in enumerate(PANEL):

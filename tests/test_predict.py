@@ -17,6 +17,7 @@ from anndata import AnnData
 from trained import World, carvae, settings, sha256, write_config
 
 from carvae.config import PredictConfig, label_file
+from carvae.data.counts import Checked
 from carvae.data.genes import GeneTable
 from carvae.data.readers import CountsSource
 from carvae.errors import BundleError, ConfigError, CountsError, GeneError
@@ -241,16 +242,17 @@ def test_the_output_must_say_its_format(world: World, tmp_path: Path) -> None:
 def test_no_chunk_of_counts_outlives_its_turn(world: World, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is kept of a cell is its row of the result."""
     seen: list[weakref.ref[sp.csr_matrix]] = []
-    original = CountsSource.chunks
+    original = CountsSource.blocks
 
-    def chunks(self: CountsSource, size: int = 4096) -> Iterator[sp.csr_matrix]:
-        for chunk in original(self, size):
-            assert chunk.shape[0] <= 10
-            seen.append(weakref.ref(chunk))
-            assert sum(ref() is not None for ref in seen) <= 2  # the caller may still hold the one before
-            yield chunk
+    def blocks(self: CountsSource, size: int, cells: slice = slice(None)) -> Iterator[Checked]:
+        for block in original(self, size, cells):
+            assert block.counts.shape[0] <= 10
+            seen.append(weakref.ref(block.counts))
+            alive = sum(ref() is not None for ref in seen)
+            assert alive <= 4  # one being read, one read, one in use and the one before
+            yield block
 
-    monkeypatch.setattr(CountsSource, "chunks", chunks)
+    monkeypatch.setattr(CountsSource, "blocks", blocks)
     annotate(world.query, bundle, PredictConfig(chunk_size=10))
     assert len(seen) == 16
 

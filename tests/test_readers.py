@@ -537,8 +537,8 @@ def test_the_same_cells_in_two_files_are_refused(tmp_path: Path) -> None:
     h5ad(tmp_path / "b", toy()[:7].copy())
     with pytest.raises(ReadError) as caught:
         open_samples(tmp_path)
-    assert f"{Path('a/toy.h5ad')} and {Path('b/toy.h5ad')} share 7 cells" in str(caught.value)
-    assert "c/" not in str(caught.value).removeprefix(str(tmp_path))
+    assert "a_toy and b_toy share 7 cells" in str(caught.value)
+    assert "c_" not in str(caught.value).removeprefix(str(tmp_path))
 
 
 def test_cell_ranger_multi_gives_the_filtered_cells_of_each_sample(tmp_path: Path) -> None:

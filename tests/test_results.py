@@ -14,9 +14,8 @@ import scipy.sparse as sp
 import zarr
 from tiny import counts_of, tiny_bundle
 
-from carvae.data import results as module
 from carvae.data.readers import open_samples
-from carvae.data.results import CellResults, add_results, check_output, samples_path, write_results
+from carvae.data.results import CellResults, add_results, check_output, samples_path, writing_results
 from carvae.data.schema import query_samples
 from carvae.errors import ConfigError, GeneError
 from carvae.labels.tree import LabelTree
@@ -51,17 +50,21 @@ def cells(n: int = 30, seed: int = 0, n_genes: int = 12) -> ad.AnnData:
     return adata
 
 
-def results_of(n: int, state: str = "x", sample: np.ndarray | None = None) -> CellResults:
-    index = pd.Index([f"r{i}" for i in range(n)])
+UNS = {
+    "bundle_id": "abc",
+    "states": {"state": np.array(["x", "y"], dtype=object)},
+    "weak_labels": False,
+    "columns": np.array(["carvae_state", "carvae_confidence"], dtype=object),
+}
+
+
+def results_of(n: int, state: str = "x", first: int = 0) -> CellResults:
     return CellResults(
         obs=pd.DataFrame(
-            {"carvae_state": pd.Categorical([state] * n, categories=["x", "y"]), "carvae_confidence": np.ones(n)},
-            index=index,
+            {"carvae_state": pd.Categorical([state] * n, categories=["x", "y"]), "carvae_confidence": np.ones(n)}
         ),
-        latent=np.arange(2.0 * n, dtype=np.float32).reshape(n, 2),
-        sample=np.full(n, "s", dtype=object) if sample is None else sample,
+        latent=np.arange(2.0 * first, 2.0 * (first + n), dtype=np.float32).reshape(n, 2),
         probability={"carvae_probability": np.ones((n, 2), np.float32)},
-        uns={"bundle_id": "abc", "states": {"state": np.array(["x", "y"], dtype=object)}, "weak_labels": False},
     )
 
 
@@ -74,10 +77,17 @@ def stored(folder: Path, name: str = "q.h5ad", adata: ad.AnnData | None = None, 
     return path
 
 
-def write(query: Path, out: Path, state: str = "x", samples: pd.DataFrame | None = None) -> None:
+def write(query: Path, out: Path, state: str = "x", at_once: int = 7, fails: bool = False) -> None:
+    """Results in pieces, as a stream brings them."""
     sources = open_samples(query)
-    sample = np.concatenate([query_samples(s.obs, s.name)[0] for s in sources])
-    write_results(query, sources, results_of(sum(s.n_cells for s in sources), state, sample), out, samples)
+    sample = pd.Categorical(np.concatenate([query_samples(s.obs, s.name)[0] for s in sources]))
+    n_cells = sum(s.n_cells for s in sources)
+    with writing_results(query, sources, sample, out) as writer:
+        for first in range(0, n_cells, at_once):
+            writer.append(results_of(min(at_once, n_cells - first), state, first))
+        if fails:
+            raise OSError("disk full")
+        writer.finish(sources, UNS)
 
 
 def read(path: Path) -> ad.AnnData:
@@ -157,7 +167,7 @@ def test_a_query_with_one_barcode_twice_gets_its_results_in_order() -> None:
     query.obs_names = ["same", *query.obs_names[1:-1], "same"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        add_results(query, results_of(30))
+        add_results(query, results_of(30), UNS)
     assert query.obs_names[0] == query.obs_names[-1] == "same"
     assert np.array_equal(query.obsm["X_carvae"], results_of(30).latent)
     assert query.obs["carvae_state"].notna().all()
@@ -330,28 +340,49 @@ def test_a_file_without_places_for_results_gets_them(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ending", [".h5ad", ".zarr", ".csv"])
 @pytest.mark.parametrize("existed", [True, False])
-def test_a_failure_leaves_nothing_but_what_was_there(
-    tmp_path: Path, ending: str, existed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failure_leaves_nothing_but_what_was_there(tmp_path: Path, ending: str, existed: bool) -> None:
     source = stored(tmp_path, "q.h5ad")
-    out, table = tmp_path / f"o{ending}", pd.DataFrame({"sample": ["s"]})
+    out = tmp_path / f"o{ending}"
     if existed:
-        write(source, out, samples=table)
+        write(source, out)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-
-    def fails(*_: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(module.CellResults, "obsm", fails)
-    monkeypatch.setattr(module, "_cells", fails)
     with pytest.raises(OSError, match="disk full"):
-        write(source, out, "y", samples=table)
+        write(source, out, "y", fails=True)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
-def test_the_table_of_samples_lies_beside_the_output(tmp_path: Path) -> None:
-    write(stored(tmp_path), tmp_path / "o.h5ad", samples=pd.DataFrame({"sample": ["é"], "n_cells": [30]}))
-    assert pd.read_csv(tmp_path / "o.samples.csv").to_dict("list") == {"sample": ["é"], "n_cells": [30]}
+@pytest.mark.parametrize("ending", [".h5ad", ".zarr", ".csv"])
+def test_it_does_not_matter_in_which_pieces_results_come(
+    tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = stored(tmp_path, "q.zarr" if ending == ".zarr" else "q.h5ad")
+    write(source, tmp_path / f"whole{ending}", at_once=30)
+    monkeypatch.setattr("carvae.data.on_disk.ROWS_AT_ONCE", 8)
+    for at_once in (1, 8, 20):
+        write(source, tmp_path / f"pieces{ending}", at_once=at_once)
+        if ending == ".csv":
+            assert (tmp_path / "pieces.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+            continue
+        whole, pieces = read(tmp_path / f"whole{ending}"), read(tmp_path / f"pieces{ending}")
+        pd.testing.assert_frame_equal(whole.obs, pieces.obs)
+        assert_results(pieces)
+
+
+def test_too_few_results_are_a_fault_and_leave_nothing(tmp_path: Path) -> None:
+    source = stored(tmp_path)
+    sources = open_samples(source)
+
+    def all_but_one() -> None:
+        with writing_results(source, sources, pd.Categorical(["s"] * 30), tmp_path / "o.h5ad") as writer:
+            writer.append(results_of(29))
+            writer.finish(sources, UNS)
+
+    with pytest.raises(AssertionError, match="29 of 30 cells came"):
+        all_but_one()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["q.h5ad"]
+
+
+def test_the_table_of_samples_is_named_after_the_output(tmp_path: Path) -> None:
     for name in ("a.b.h5ad", "a.b.zarr", "a.b.csv", "a.b.csv.gz"):
         assert samples_path(tmp_path / name).name == "a.b.samples.csv"
 

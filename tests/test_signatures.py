@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from carvae.errors import LabelError
-from carvae.labels import signatures as module
 from carvae.labels.signatures import AxisRule, Signature, Signatures, Vote, coverage, score, weak_labels
 from carvae.labels.tree import LabelTree
 
@@ -63,13 +62,6 @@ def test_a_score_does_not_depend_on_company(seed: int, order: list[int]) -> None
     together = score(counts, GENES, PAIR).to_numpy()
     np.testing.assert_array_equal(score(counts[order], GENES, PAIR).to_numpy(), together[order])
     np.testing.assert_array_equal(score(counts[:1], GENES, PAIR).to_numpy(), together[:1])
-
-
-def test_blocks_give_the_same_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    counts = simulate(5)
-    whole = score(counts, GENES, PAIR)
-    monkeypatch.setattr(module, "BLOCK", 7)
-    pd.testing.assert_frame_equal(score(counts, GENES, PAIR), whole)
 
 
 def test_the_callers_counts_stay_as_they_are() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ import zarr
 from anndata import AnnData, OldFormatWarning
 from anndata.io import read_elem
 
+from carvae.data.cells import ALL, Cells, HeldCells
 from carvae.data.counts import Candidate, Opened
 from carvae.data.matrices import (
     GeneSubset,
@@ -38,6 +39,8 @@ SYMBOL_COLUMNS = ("feature_name", "gene_symbols", "gene_symbol", "gene_name", "g
 TYPE_COLUMNS = ("feature_types", "feature_type", "modality")
 COUNT_LAYERS = ("counts", "raw_counts", "umi")
 """Layers that are looked at before raw, in this order."""
+TEXT = frozenset({"string-array", ""})
+"""Encodings of plain text; the values of a nullable one bear none."""
 PARTIAL_LAYERS = frozenset({"ambiguous", "matrix", "spliced", "unspliced"})
 """By velocyto and loom: a part of the counts, or counted otherwise; taken only if named."""
 
@@ -101,7 +104,7 @@ def open_anndata(path: Path, counts: str, name: str) -> Opened:
         If a part is broken or hostile, or ``counts`` names a place that is not there.
     """
     with _store(path) as root:
-        obs, var = _frame(root, "obs", str(path)), _frame(root, "var", str(path))
+        cells, var = _cells(root, path), _frame(root, "var", str(path))
         candidates, places = [], _places(root, path)
         for where in _chosen(places, counts, name):
             is_raw = where == "raw"
@@ -111,9 +114,9 @@ def open_anndata(path: Path, counts: str, name: str) -> Opened:
             if not hasattr(matrix, "shape"):
                 check_group(matrix, f"{path}/{key}")
             genes = _genes(table, f"{path}/{key}")
-            place = _Place(path, key, (len(obs), len(table)), f"{path}/{key}", genes.keep)
+            place = _Place(path, key, (cells.n_cells, len(table)), f"{path}/{key}", genes.keep)
             candidates.append(Candidate(where, genes.names, genes.ids, place, genes.notes))
-    return Opened(name, obs, candidates)
+    return Opened(name, cells, candidates)
 
 
 def _places(root: Node, path: Path) -> list[str]:
@@ -152,7 +155,54 @@ def _chosen(places: list[str], counts: str, name: str) -> list[str]:
     raise CountsError(f"{name} has no matrix{asked}; it has {', '.join(places) or 'none at all'}")
 
 
+@dataclass(frozen=True, slots=True)
+class StoredCells:
+    """Cells whose ``obs`` stays in the file."""
+
+    path: Path
+    n_cells: int
+    columns: tuple[str, ...]
+    index: str
+    """Where the barcodes are, below ``obs``."""
+
+    def names(self, cells: slice = ALL) -> np.ndarray[Any, np.dtype[np.object_]]:
+        """Barcodes of some cells, in order."""
+        with _store(self.path) as root:
+            array = root[f"obs/{self.index}"]
+            values = array.asstr()[cells] if isinstance(array, h5py.Dataset) else array[cells]
+        return np.asarray(values, dtype=object)
+
+    def frame(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """``obs``, its index the barcodes; or some of its columns, without barcodes."""
+        with _store(self.path) as root:
+            if columns is None:
+                return _frame(root, "obs", str(self.path))
+            found = {column: _element(root["obs"][column], f"{self.path}/obs/{column}") for column in columns}
+        return pd.DataFrame(found, index=pd.RangeIndex(self.n_cells))
+
+
+def _cells(root: Node, path: Path) -> Cells:
+    """The cells; left in the file where barcodes and columns are of today's plain kinds."""
+    group = _checked_frame(root, "obs", str(path))
+    index = str(group.attrs["_index"])
+    array = group[index]
+    if not hasattr(array, "shape") and array.attrs.get("encoding-type") == "nullable-string-array":
+        index, array = f"{index}/values", array["values"]
+    today = group.attrs.get("encoding-version") == "0.2.0" and "column-order" in group.attrs
+    if not today or len(getattr(array, "shape", ())) != 1 or array.attrs.get("encoding-type", "") not in TEXT:
+        return HeldCells(_frame(root, "obs", str(path)))
+    columns = tuple(str(column) for column in group.attrs["column-order"])
+    return StoredCells(path, int(array.shape[0]), columns, index)
+
+
 def _frame(root: Node, key: str, where: str) -> pd.DataFrame:
+    table = _element(_checked_frame(root, key, where), f"{where}/{key}")
+    if not isinstance(table, pd.DataFrame):
+        raise ReadError(f"{where}/{key} is not a table; write it again by anndata")
+    return table
+
+
+def _checked_frame(root: Node, key: str, where: str) -> Node:
     if key not in root:
         raise ReadError(f"{where} has no {key}; write it again by anndata")
     group = member(root, key, where)
@@ -162,16 +212,17 @@ def _frame(root: Node, key: str, where: str) -> pd.DataFrame:
     index = group[str(group.attrs["_index"])]
     if hasattr(index, "shape"):
         check_values(index, f"{where}/{key} index", complete=True)
+    return group
+
+
+def _element(node: Node, where: str) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", OldFormatWarning)  # what an R writer leaves out does no harm here
         try:
-            table = read_elem(group)
+            return read_elem(node)
         except Exception as error:  # anndata's error for an unknown encoding is private
             seen = " ".join(str(error).split())[:200]
-            raise ReadError(f"{where}/{key} cannot be read ({seen}); write it again, or update anndata") from error
-    if not isinstance(table, pd.DataFrame):
-        raise ReadError(f"{where}/{key} is not a table; write it again by anndata")
-    return table
+            raise ReadError(f"{where} cannot be read ({seen}); write it again, or update anndata") from error
 
 
 def _gene_names(var: pd.DataFrame) -> tuple[list[str], list[str] | None]:
@@ -213,7 +264,7 @@ def open_memory(adata: AnnData, counts: str, name: str) -> Opened:
             raise ReadError(f"{name} is a view of a backed file; call .to_memory() on it first")
         with reading(str(adata.filename)):
             opened = open_anndata(Path(str(adata.filename)), counts, name)
-        return replace(opened, obs=_same_cells(adata.obs.copy(), opened.obs, name))
+        return replace(opened, cells=_same_cells(adata.obs.copy(), opened.cells, name))
     values: dict[str, tuple[Any, pd.DataFrame]] = {}
     if adata.X is not None:
         values["X"] = adata.X, adata.var
@@ -228,10 +279,10 @@ def open_memory(adata: AnnData, counts: str, name: str) -> Opened:
             genes = _genes(values[where][1], f"{name} {where}")
             held = Held(_kept(matrix, genes.keep))
             candidates.append(Candidate(where, genes.names, genes.ids, held, genes.notes))
-    return Opened(name, adata.obs.copy(), candidates)
+    return Opened(name, HeldCells(adata.obs.copy()), candidates)
 
 
-def _same_cells(obs: pd.DataFrame, stored: pd.DataFrame, name: str) -> pd.DataFrame:
-    if len(obs) != len(stored):
-        raise ReadError(f"{name} has {len(obs):,} cells but its file {len(stored):,}; save it or call .to_memory()")
-    return obs
+def _same_cells(obs: pd.DataFrame, stored: Cells, name: str) -> Cells:
+    if len(obs) != stored.n_cells:
+        raise ReadError(f"{name} has {len(obs):,} cells but its file {stored.n_cells:,}; save it or call .to_memory()")
+    return HeldCells(obs)

@@ -13,16 +13,20 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import scipy.sparse as sp
 
-from carvae.data.matrices import Matrix
+from carvae.data.cells import Cells
+from carvae.data.matrices import ALL, Matrix
+from carvae.data.rows import look
 from carvae.errors import CountsError, join_problems
 
 REMEDY = "provide raw counts in layers['counts'] (or X or raw), and name the place with `counts:` if there are several"
 LARGEST_COUNT = 1 << 24  # float32 is exact up to here; no gene is counted that often in one cell
 LARGEST_IN_FLOAT16 = 1 << 11
+LARGEST_ITEM = 8  # bytes of the numbers that compiled code takes
 BLOCK_CELLS = 4096
+FIRST_CELLS = 64
+"""Cells by which a place is judged before all of it is read."""
 
 CP10K = 1e4
 TOTAL_TOLERANCE = 1.0  # of 10,000; float32 leaves about 0.01
@@ -53,8 +57,20 @@ class Opened:
     """A source before its counts are found."""
 
     name: str
-    obs: pd.DataFrame
+    cells: Cells
     candidates: list[Candidate]
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """Counts of some cells, each of which was looked at."""
+
+    counts: sp.csr_matrix
+    total_N: npt.NDArray[np.int64]
+    """Counts per cell."""
+    print_N: npt.NDArray[np.uint64]
+    """A fingerprint per cell: equal for cells with equal counts."""
+    largest: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +135,60 @@ def count_blocks(verified: Verified, size: int) -> Iterator[sp.csr_matrix]:
     """
     if size < 1:
         raise ValueError("a block needs at least one cell")
-    candidate, convert = verified.candidate, _inverted if verified.inverted else _whole
+    candidate = verified.candidate
+    for block in checked_blocks(candidate, size, inverted=verified.inverted, n_cells=len(verified.total_N)):
+        yield block.counts
+
+
+def promising(candidates: Sequence[Candidate]) -> Candidate | None:
+    """The first candidate whose first cells hold raw counts; None where it takes more to know.
+
+    What is read from it has to pass `checked_blocks` and then `refuse_totals`; where it does not, `find_counts` says
+    which place holds the counts, or why none does.
+    """
+    for candidate in candidates:
+        try:
+            next(checked_blocks(candidate, FIRST_CELLS, slice(FIRST_CELLS)), None)
+        except CountsError:
+            continue
+        return candidate
+    return None
+
+
+def checked_blocks(
+    candidate: Candidate, size: int, cells: slice = ALL, *, inverted: bool = False, n_cells: int | None = None
+) -> Iterator[Checked]:
+    """The counts of some cells as in `count_blocks`, checked as they are read.
+
+    Raises
+    ------
+    CountsError
+        At the first value that is no count, and where there are not ``n_cells`` cells.
+    """
+    convert = _inverted if inverted else _whole
+    key_G = np.random.default_rng(0).integers(1, 1 << 63, len(candidate.genes), dtype=np.uint64)
     with candidate.open() as matrix:
-        if matrix.shape != (len(verified.total_N), len(candidate.genes)):
+        if n_cells is not None and matrix.shape != (n_cells, len(candidate.genes)):
             raise CountsError(f"{candidate.where} changed while it was read; start again")
-        for block in matrix.blocks(size):
-            yield convert(block, matrix.dtype)
+        for block in matrix.blocks(size, cells):
+            if not inverted and matrix.dtype.itemsize <= LARGEST_ITEM:
+                seen = look(block, _limit(matrix.dtype), key_G)
+                if seen.plain:
+                    yield Checked(_as_int32(block), seen.total_N, seen.print_N, seen.largest)
+                    continue
+            counts = convert(block, matrix.dtype)
+            seen = look(counts, LARGEST_COUNT, key_G)
+            yield Checked(counts, seen.total_N, seen.print_N, seen.largest)
+
+
+def _as_int32(block: sp.csr_matrix) -> sp.csr_matrix:
+    counts = sp.csr_matrix((block.data.astype(np.int32, copy=False), block.indices, block.indptr), shape=block.shape)
+    counts.has_canonical_format = True
+    return counts
+
+
+def _limit(dtype: np.dtype[Any]) -> int:
+    return LARGEST_IN_FLOAT16 if dtype == np.float16 else LARGEST_COUNT
 
 
 class _FractionalError(CountsError):
@@ -132,31 +196,28 @@ class _FractionalError(CountsError):
 
 
 def _verify(candidate: Candidate, cells: Sequence[str], inverted: bool) -> Verified:
-    convert = _inverted if inverted else _whole
     totals: list[npt.NDArray[np.int64]] = []
     prints: list[npt.NDArray[np.uint64]] = []
     largest, first = 0, 0
-    key_G = np.random.default_rng(0).integers(1, 1 << 63, len(candidate.genes), dtype=np.uint64)
-    with candidate.open() as matrix:
-        for block in matrix.blocks(BLOCK_CELLS):
-            try:
-                counts = convert(block, matrix.dtype)
-            except _CellError as error:
-                place = f"first in cell {cells[first + error.cell]!r}"
-                if error.gene is not None:
-                    place += f", gene {candidate.genes[error.gene]!r}"
-                kind = _FractionalError if error.fractional else CountsError
-                raise kind(f"{error} ({place})") from None
-            totals.append(np.asarray(counts.sum(axis=1, dtype=np.int64)).ravel())
-            prints.append(counts.astype(np.uint64) @ key_G)
-            largest = max(largest, int(counts.data.max(initial=0)))
-            first += block.shape[0]
+    try:
+        for block in checked_blocks(candidate, BLOCK_CELLS, inverted=inverted):
+            totals.append(block.total_N)
+            prints.append(block.print_N)
+            largest = max(largest, block.largest)
+            first += len(block.total_N)
+    except _CellError as error:
+        place = f"first in cell {cells[first + error.cell]!r}"
+        if error.gene is not None:
+            place += f", gene {candidate.genes[error.gene]!r}"
+        kind = _FractionalError if error.fractional else CountsError
+        raise kind(f"{error} ({place})") from None
     total_N = np.concatenate(totals)
-    _refuse_totals(total_N)
+    refuse_totals(total_N)
     return Verified(candidate, inverted, total_N, np.concatenate(prints), largest)
 
 
-def _refuse_totals(total_N: npt.NDArray[np.int64]) -> None:
+def refuse_totals(total_N: npt.NDArray[np.int64]) -> None:
+    """Raise CountsError where all cells together show that these are no raw counts."""
     filled = total_N[total_N > 0]
     if not len(filled):
         raise CountsError("holds only zeros")
@@ -186,7 +247,7 @@ def _whole(block: sp.csr_matrix, dtype: np.dtype[Any]) -> sp.csr_matrix:
         At the first value that is no count.
     """
     values = block.data
-    limit = LARGEST_IN_FLOAT16 if dtype == np.float16 else LARGEST_COUNT
+    limit = _limit(dtype)
     if values.dtype.kind == "f":
         _refuse(block, ~np.isfinite(values), "holds NaN or infinite values")
     if values.dtype.kind != "u" and values.min(initial=0) < 0:

@@ -1,4 +1,4 @@
-"""A query's genes against a panel: the matrix that aligns them, the receipt, and why genes do not match.
+"""A query's genes against a panel: the way from one to the other, the receipt, and why genes do not match.
 
 The names themselves are in ``gene_table``, the groups that the encoder never sees in ``gene_policy``.
 """
@@ -95,22 +95,27 @@ class GeneAlignment:
 
     Attributes
     ----------
-    matrix
-        int8 [n_input_genes, n_panel], one where an input column is a panel gene; ``counts @ matrix`` has the panel's
-        columns, sums columns of the same gene, and leaves missing genes zero. int8 keeps int32 and float32 as they are.
+    column
+        int64 [n_input_genes], place of each input column in the panel, -1 where the panel has not its gene.
     present
         bool [n_panel], whether the panel's gene was found.
     receipt
         What was matched, renamed, summed, missing and ambiguous.
     """
 
-    matrix: sparse.csr_matrix
+    column: NDArray[np.int64]
     present: NDArray[np.bool_]
     receipt: GeneReceipt
 
+    def apply(self, counts: sparse.csr_matrix) -> sparse.csr_matrix:
+        """The counts in the panel's columns: those of the same gene summed, missing genes zero, the type kept."""
+        from carvae.data.rows import moved  # numba is slow to import, and not needed to know genes
+
+        return moved(counts, self.column, len(self.present))
+
 
 def align(resolved: ResolvedGenes, panel: Names) -> GeneAlignment:
-    """The matrix that brings a query's columns into the panel's order, and its receipt.
+    """The way that brings a query's columns into the panel's order, and its receipt.
 
     Parameters
     ----------
@@ -144,9 +149,7 @@ def align(resolved: ResolvedGenes, panel: Names) -> GeneAlignment:
         overlap=matched / max(len(panel), 1),
     )
     _check_overlap(resolved, receipt, len(rows))
-    ones = np.ones(len(rows), np.int8)
-    matrix = sparse.csr_matrix((ones, (rows, column[rows])), shape=(len(column), len(panel)))
-    return GeneAlignment(matrix=matrix, present=present, receipt=receipt)
+    return GeneAlignment(column=column, present=present, receipt=receipt)
 
 
 def looks_like_mouse(names: Names) -> bool:

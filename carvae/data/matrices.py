@@ -26,6 +26,7 @@ from carvae.errors import CarvaeError, ReadError
 Node = Any  # a group or array of h5py or zarr; the two share the parts used here
 Ints = npt.NDArray[np.int64]
 
+ALL = slice(None)
 SMALL_BYTES = 1 << 28
 MAX_RATIO = 2_000  # deflate reaches 1,032:1 at most
 MAX_CHUNK_BYTES = 1 << 31
@@ -52,7 +53,7 @@ class Matrix(Protocol):
         """The type in which the values are stored."""
         ...
 
-    def blocks(self, size: int) -> Iterator[sp.csr_matrix]:
+    def blocks(self, size: int, cells: slice = ALL) -> Iterator[sp.csr_matrix]:
         """Blocks of ``size`` cells in order, the last one shorter; copies, with the stored values."""
         ...
 
@@ -81,12 +82,14 @@ class DenseMatrix:
         stored_rows = int(chunks[0]) if chunks else 1
         return max(1, min(max(stored_rows, DENSE_READ_BYTES // row_bytes), 16 * DENSE_READ_BYTES // row_bytes))
 
-    def blocks(self, size: int) -> Iterator[sp.csr_matrix]:
+    def blocks(self, size: int, cells: slice = ALL) -> Iterator[sp.csr_matrix]:
         """Blocks of ``size`` cells in order, the last one shorter; copies, with the stored values."""
-        n_cells, step = self.shape[0], self._rows_per_read()
-        for start in range(0, n_cells, size):
-            stop = min(start + size, n_cells)
-            parts = [sp.csr_matrix(_plain(self.array[a : min(a + step, stop)])) for a in range(start, stop, step)]
+        step = self._rows_per_read()
+        first, last, _ = cells.indices(self.shape[0])
+        for start in range(first, last, size):
+            stop = min(start + size, last)
+            bounds = [(a, min(a + step, stop)) for a in range(start, stop, step)]
+            parts = [sp.csr_matrix(_plain(np.asarray(self.array[a:b]))) for a, b in bounds]
             yield parts[0] if len(parts) == 1 else sp.vstack(parts, format="csr")
 
 
@@ -124,7 +127,7 @@ class CsrMatrix:
             raise _broken(where, f"indptr has {indptr.shape[0]:,} entries for {n_cells:,} cells")
         if data.shape[0] != indices.shape[0]:
             raise _broken(where, f"{data.shape[0]:,} values but {indices.shape[0]:,} indices")
-        starts = np.asarray(indptr[:]).astype(np.int64)
+        starts = _in_pieces(indptr)
         per_cell = np.diff(starts)
         if starts[0] != 0 or starts[-1] != data.shape[0] or (per_cell < 0).any():
             raise _broken(where, f"indptr does not rise from 0 to the {data.shape[0]:,} stored values")
@@ -141,21 +144,21 @@ class CsrMatrix:
         stored: np.dtype[Any] = np.dtype(self.data.dtype)
         return stored
 
-    def blocks(self, size: int) -> Iterator[sp.csr_matrix]:
+    def blocks(self, size: int, cells: slice = ALL) -> Iterator[sp.csr_matrix]:
         """Blocks of ``size`` cells in order, the last one shorter; copies, with the stored values."""
-        n_cells = self.shape[0]
-        for start in range(0, n_cells, size):
-            stop = min(start + size, n_cells)
+        first, last, _ = cells.indices(self.shape[0])
+        for start in range(first, last, size):
+            stop = min(start + size, last)
             low, high = int(self.indptr[start]), int(self.indptr[stop])
-            indices = np.array(self.indices[low:high])
-            data = _plain(self.data[low:high])
+            indices, data = _copied(self.indices, low, high), _plain(_copied(self.data, low, high))
             if len(data) != high - low or len(indices) != high - low:
                 raise _broken(self.where, f"fewer values than indptr promises after cell {start:,}")
             if len(indices) and (indices.min() < 0 or indices.max() >= self.n_genes):
                 raise _broken(self.where, f"gene indices outside 0 to {self.n_genes - 1:,} after cell {start:,}")
             index_type = np.int32 if max(self.n_genes, high - low) < np.iinfo(np.int32).max else np.int64
             starts = (self.indptr[start : stop + 1] - low).astype(index_type)
-            block = sp.csr_matrix((data, indices.astype(index_type), starts), shape=(stop - start, self.n_genes))
+            parts = data, indices.astype(index_type, copy=False), starts
+            block = sp.csr_matrix(parts, shape=(stop - start, self.n_genes))
             if self.no_repeats:
                 block.sort_indices()
                 if not block.has_canonical_format:
@@ -180,9 +183,9 @@ class GeneSubset:
         """The type in which the values are stored."""
         return self.matrix.dtype
 
-    def blocks(self, size: int) -> Iterator[sp.csr_matrix]:
+    def blocks(self, size: int, cells: slice = ALL) -> Iterator[sp.csr_matrix]:
         """Blocks of ``size`` cells in order, the last one shorter; copies, with the stored values."""
-        for block in self.matrix.blocks(size):
+        for block in self.matrix.blocks(size, cells):
             yield block[:, self.keep]
 
 
@@ -348,9 +351,23 @@ def _lost_zarr(array: zarr.Array[Any]) -> int:
     return max(0, int(array.nchunks) - int(array.nchunks_initialized))
 
 
-def _plain(values: Any) -> npt.NDArray[Any]:
-    """A copy in the machine's byte order, of a type that scipy's sparse matrices hold."""
-    copied = np.array(values)
+def _in_pieces(indptr: Any) -> Ints:
+    """The whole array; HDF5 takes 6 kB for every stored chunk of one read, and appended matrices have tiny ones."""
+    step = 4096 * max(1, int((getattr(indptr, "chunks", None) or indptr.shape or (1,))[0]))
+    starts = np.empty(indptr.shape[0], np.int64)
+    for first in range(0, len(starts), step):
+        starts[first : first + step] = indptr[first : first + step]
+    return starts
+
+
+def _copied(array: Any, low: int, high: int) -> npt.NDArray[Any]:
+    """Values that are the caller's own; what a file gives is that already."""
+    part = array[low:high]
+    return np.array(part) if isinstance(array, np.ndarray) else np.asarray(part)
+
+
+def _plain(copied: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The values in the machine's byte order, of a type that scipy's sparse matrices hold."""
     if copied.dtype.kind not in "biuf":
         raise ReadError(f"the matrix holds {copied.dtype.name} values, not numbers; give a matrix of counts")
     if copied.dtype == np.float16:

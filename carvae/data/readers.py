@@ -6,18 +6,31 @@ are turned around once into a scratch file; mtx text is read whole; everything e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import h5py
+import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
+from numpy.typing import NDArray
 
 from carvae.data.adata import open_anndata, open_memory
-from carvae.data.counts import Opened, Verified, count_blocks, find_counts
-from carvae.data.matrices import reading
+from carvae.data.cells import Cells, HeldCells, each_has_its_own, hash_names
+from carvae.data.counts import (
+    Candidate,
+    Checked,
+    Opened,
+    Verified,
+    checked_blocks,
+    count_blocks,
+    find_counts,
+    promising,
+    refuse_totals,
+)
+from carvae.data.matrices import ALL, Ints, reading
 from carvae.data.schema import named_column
 from carvae.data.tenx import mtx_parts, open_10x, open_mtx
 from carvae.errors import CarvaeError, CountsError, ReadError, join_problems
@@ -40,15 +53,21 @@ class CountsSource:
     genes: list[str]
     """Gene names as given; a name may occur twice."""
     gene_ids: list[str] | None
-    obs: pd.DataFrame
-    """One row per cell in the order of the counts; the index holds unique barcodes."""
+    cells: Cells
+    """In the order of the counts; barcodes are unique."""
     where: str
     """Where the counts were: "X", "layers/NAME", "raw", "matrix", or one of them with "(log1p CP10k inverted)"."""
     notes: tuple[str, ...]
     """What was found or assumed and is worth saying."""
     n_empty: int
     """Cells without any count; they keep their place."""
-    _verified: Verified = field(repr=False)
+    _counts: Verified | Candidate = field(repr=False)
+    """A candidate where the counts are still to be verified."""
+
+    @property
+    def obs(self) -> pd.DataFrame:
+        """One row per cell in the order of the counts; the index holds unique barcodes."""
+        return self.cells.frame()
 
     def chunks(self, size: int = 4096) -> Iterator[sp.csr_matrix]:
         """The counts as int32 CSR in blocks of ``size`` cells, in order; genes sorted, no stored zeros.
@@ -58,12 +77,38 @@ class CountsSource:
         ReadError, CountsError
             If the file changed or broke since it was opened.
         """
+        assert isinstance(self._counts, Verified), "the counts are not verified; use `blocks` and `confirmed`"
         with reading(self.name):
-            yield from count_blocks(self._verified, size)
+            yield from count_blocks(self._counts, size)
+
+    def blocks(self, size: int, cells: slice = ALL) -> Generator[Checked, None, None]:
+        """The counts of some cells as in `chunks`, with what `confirmed` asks for; raises the same."""
+        found = self._counts
+        candidate, inverted = (found.candidate, found.inverted) if isinstance(found, Verified) else (found, False)
+        try:
+            with reading(self.name):
+                yield from checked_blocks(candidate, size, cells, inverted=inverted, n_cells=self.n_cells)
+        except CountsError as error:
+            raise CountsError(f"{self.name}: {error}") from None  # of the plain kind, which crosses processes
+
+    def confirmed(self, total_N: Ints, print_N: NDArray[np.uint64], largest: int) -> CountsSource:
+        """The verified source, from what reading all of its `blocks` showed.
+
+        Raises
+        ------
+        CountsError
+            If they are no raw counts after all. Opening the source with ``whole`` finds those, or says why there are
+            none.
+        """
+        if isinstance(self._counts, Verified):
+            return self
+        refuse_totals(total_N)
+        verified = Verified(self._counts, False, total_N, print_N, largest)
+        return replace(self, notes=(*self.notes, *_notes(verified)), n_empty=_n_empty(verified), _counts=verified)
 
 
-def open_samples(path: Path | str | AnnData, *, counts: str = "auto") -> list[CountsSource]:
-    """All sources at ``path``: one for a file, one per sample for a folder.
+def open_samples(path: Path | str | AnnData, *, counts: str = "auto", whole: bool = True) -> list[CountsSource]:
+    """All sources at ``path``: one for a file, one per sample for a folder; `open_source` explains the rest.
 
     In a folder each source without a sample column gets ``obs["sample"]``, the name of its file or folder.
 
@@ -73,12 +118,12 @@ def open_samples(path: Path | str | AnnData, *, counts: str = "auto") -> list[Co
         With all broken samples at once, or if the same cells are in two of them.
     """
     if isinstance(path, AnnData) or not _is_folder_of_samples(Path(path)):
-        return [open_source(path, counts=counts)]
+        return [open_source(path, counts=counts, whole=whole)]
     root, sources, problems = Path(path), [], []
     parts = _find_samples(root)
     for part in parts:
         try:
-            sources.append(_with_sample(open_source(part, counts=counts, name=_sample_name(part, root))))
+            sources.append(_with_sample(open_source(part, counts=counts, name=_sample_name(part, root), whole=whole)))
         except CarvaeError as error:
             problems.append(error)
     if problems:
@@ -89,18 +134,19 @@ def open_samples(path: Path | str | AnnData, *, counts: str = "auto") -> list[Co
     names = [source.name for source in sources]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ReadError(f"{root} holds several samples of one name ({', '.join(twice)}); rename the files or folders")
-    _refuse_shared(root, parts, sources)
+    if all(isinstance(source._counts, Verified) for source in sources):
+        refuse_shared(sources)
     return sources
 
 
-def _refuse_shared(root: Path, parts: Sequence[Path], sources: Sequence[CountsSource]) -> None:
-    """Refuse cells that are in two files, which would leak between training and validation."""
-    tables = [
-        pd.DataFrame({"cell": source.obs.index, "print": source._verified.print_N, "file": number})[
-            source._verified.total_N >= FEWEST_COUNTS_COPIED
-        ]
-        for number, source in enumerate(sources)
-    ]
+def refuse_shared(sources: Sequence[CountsSource]) -> None:
+    """Raise ReadError where verified sources share cells, which would leak between training and validation."""
+    tables = []
+    for number, source in enumerate(sources):
+        verified = source._counts
+        assert isinstance(verified, Verified)
+        table = pd.DataFrame({"cell": hash_names(source.cells), "print": verified.print_N, "file": number})
+        tables.append(table[verified.total_N >= FEWEST_COUNTS_COPIED])
     table = pd.concat(tables, ignore_index=True)
     table = table[table.duplicated(["cell", "print"], keep=False)]
     first = table.groupby(["cell", "print"])["file"].transform("first")
@@ -110,15 +156,16 @@ def _refuse_shared(root: Path, parts: Sequence[Path], sources: Sequence[CountsSo
         .reset_index()
     )
     shared = [
-        f"{parts[one].relative_to(root)} and {parts[other].relative_to(root)} share {n_cells:,} cells "
-        "(same barcode, same counts)"
+        f"{sources[one].name} and {sources[other].name} share {n_cells:,} cells (same barcode, same counts)"
         for one, other, n_cells in pairs.itertuples(index=False, name=None)
     ]
     if shared:
-        raise ReadError(f"{root} holds cells twice: {'; '.join(shared)}; keep one file of each pair")
+        raise ReadError(f"cells are there twice: {'; '.join(shared)}; keep one file of each pair")
 
 
-def open_source(path: Path | str | AnnData, *, counts: str = "auto", name: str | None = None) -> CountsSource:
+def open_source(
+    path: Path | str | AnnData, *, counts: str = "auto", name: str | None = None, whole: bool = True
+) -> CountsSource:
     """The source at ``path``, its counts found and verified over the whole matrix.
 
     Parameters
@@ -130,6 +177,9 @@ def open_source(path: Path | str | AnnData, *, counts: str = "auto", name: str |
         spliced and unspliced, in this order; ``X``, ``raw`` or ``layers/NAME`` looks only there.
     name
         Name of the source for messages and as sample; that of the file or folder if not given.
+    whole
+        False leaves the whole matrix to the reader of `CountsSource.blocks`, so that it is read once, and ``obs`` in
+        the file; where the first cells do not show which place holds the counts, or barcodes repeat, it is as True.
 
     Raises
     ------
@@ -139,11 +189,11 @@ def open_source(path: Path | str | AnnData, *, counts: str = "auto", name: str |
         If no place holds raw counts, or cells occur twice.
     """
     if isinstance(path, AnnData):
-        return _finish(open_memory(path, counts, name or "AnnData"))
+        return _finish(open_memory(path, counts, name or "AnnData"), whole)
     path = Path(path)
     name = name or _sample_name(path, path)
     with reading(str(path)):
-        return _finish(_open_path(path, counts, name))
+        return _finish(_open_path(path, counts, name), whole)
 
 
 def _open_path(path: Path, counts: str, name: str) -> Opened:
@@ -187,31 +237,50 @@ def _not_hdf5(path: Path) -> str:
     return "is neither HDF5 (.h5ad, 10x .h5), a zarr store nor a 10x matrix folder; give one of those"
 
 
-def _finish(opened: Opened) -> CountsSource:
+def _finish(opened: Opened, whole: bool) -> CountsSource:
     """The source once its counts are found, its cells told apart, and what is worth saying is said."""
-    name, obs = opened.name, opened.obs
-    if not len(obs) or not any(candidate.genes for candidate in opened.candidates):
-        raise ReadError(f"{name} holds {'no genes' if len(obs) else 'no cells'}; give a file with both")
-    cells = [str(cell) for cell in obs.index]
-    if any(not cell.strip() for cell in cells):
-        raise ReadError(f"{name} has cells without a barcode; write the file again")
+    name, cells = opened.name, opened.cells
+    if not cells.n_cells or not any(candidate.genes for candidate in opened.candidates):
+        raise ReadError(f"{name} holds {'no genes' if cells.n_cells else 'no cells'}; give a file with both")
     usable = [candidate for candidate in opened.candidates if candidate.genes]
-    verified = find_counts(usable, name, cells)
-    obs, copied = _told_apart(obs, cells, verified, name)
-    n_empty = int((verified.total_N == 0).sum())
-    notes = [*verified.candidate.notes, *copied]
-    if verified.where not in ("X", "matrix"):
-        notes.append(f"raw counts were found in {verified.where}")
-    if n_empty:
-        notes.append(f"{n_empty:,} cells have no counts at all")
+    if not whole and (found := promising(usable)) and each_has_its_own(cells):
+        notes = (*found.notes, *_elsewhere(found, found.where, usable))
+        return CountsSource(name, cells.n_cells, found.genes, found.gene_ids, cells, found.where, notes, 0, found)
+    obs = cells.frame()
+    names = [str(cell) for cell in obs.index]
+    if any(not cell.strip() for cell in names):
+        raise ReadError(f"{name} has cells without a barcode; write the file again")
+    verified = find_counts(usable, name, names)
+    obs, copied = _told_apart(obs, names, verified, name)
+    found = verified.candidate
+    notes = (*found.notes, *copied, *_elsewhere(found, verified.where, usable), *_notes(verified))
+    n_empty = _n_empty(verified)
+    return CountsSource(
+        name, len(obs), found.genes, found.gene_ids, HeldCells(obs), verified.where, notes, n_empty, verified
+    )
+
+
+def _n_empty(verified: Verified) -> int:
+    return int((verified.total_N == 0).sum())
+
+
+def _elsewhere(found: Candidate, where: str, usable: Sequence[Candidate]) -> Iterator[str]:
+    """Notes on where the counts are and where more genes would be."""
+    if where not in ("X", "matrix"):
+        yield f"raw counts were found in {where}"
+    larger = max((c for c in usable if c.where == "raw"), key=lambda c: len(c.genes), default=found)
+    if len(larger.genes) > len(found.genes):
+        yield f"raw has {len(larger.genes):,} genes, {where} only {len(found.genes):,}; `counts: raw` uses it"
+
+
+def _notes(verified: Verified) -> Iterator[str]:
+    """Notes on the counts themselves."""
+    if n_empty := _n_empty(verified):
+        yield f"{n_empty:,} cells have no counts at all"
     if verified.largest == 1:
-        notes.append("every count is 0 or 1: the matrix may have been made binary")
-    larger = max((c for c in usable if c.where == "raw"), key=lambda c: len(c.genes), default=verified.candidate)
-    if len(larger.genes) > len(verified.candidate.genes):
-        n_genes = len(verified.candidate.genes)
-        notes.append(f"raw has {len(larger.genes):,} genes, {verified.where} only {n_genes:,}; `counts: raw` uses it")
-    genes, ids = verified.candidate.genes, verified.candidate.gene_ids
-    return CountsSource(name, len(obs), genes, ids, obs, verified.where, tuple(notes), n_empty, verified)
+        yield "every count is 0 or 1: the matrix may have been made binary"
+    if alike := len(verified.print_N) - n_empty - len(np.unique(verified.print_N[verified.total_N > 0])):
+        yield f"{alike:,} cells have the same counts as another cell under another barcode"
 
 
 def _told_apart(
@@ -227,8 +296,6 @@ def _told_apart(
     if copies:
         raise CountsError(f"{name} holds {copies:,} cells twice (same barcode, same counts); drop the copies")
     notes = []
-    if alike := int(table["print"].duplicated().sum()):
-        notes.append(f"{alike:,} cells have the same counts as another cell under another barcode")
     unique = obs.copy()
     unique.index = pd.Index(cells, dtype=object)
     if repeated := int(unique.index.duplicated().sum()):
@@ -252,9 +319,9 @@ def _suffixed(cells: Sequence[str]) -> list[str]:
 
 
 def _with_sample(source: CountsSource) -> CountsSource:
-    if named_column(source.obs, "sample"):
+    if named_column(source.cells.columns, "sample"):
         return source
-    return replace(source, obs=source.obs.assign(sample=pd.Categorical([source.name] * source.n_cells)))
+    return replace(source, cells=HeldCells(source.obs.assign(sample=pd.Categorical([source.name] * source.n_cells))))
 
 
 def _is_zarr(path: Path) -> bool:

@@ -166,13 +166,19 @@ def check_studies(studies: Sequence[Harmonised]) -> None:
     raise_problems(problems)
 
 
-def named_column(obs: pd.DataFrame, name: str) -> list[str]:
+def contract_columns(columns: Sequence[str]) -> list[str]:
+    """The columns that can be any of the contract's."""
+    found = [own for column in CONTRACT for own in named_column(columns, column.name)]
+    return list(dict.fromkeys(found))
+
+
+def named_column(columns: Sequence[str], name: str) -> list[str]:
     """The columns that can be the contract's ``name``: the one that bears it, else all with a customary name."""
-    if name in obs:
+    if name in columns:
         return [name]
     column = next(column for column in CONTRACT if column.name == name)
     customary = {alias.casefold() for alias in (column.name, *column.aliases)}
-    return [str(own) for own in obs.columns if str(own).casefold() in customary]
+    return [str(own) for own in columns if str(own).casefold() in customary]
 
 
 def raise_problems(problems: Sequence[Problem]) -> None:
@@ -269,7 +275,7 @@ class _Harmoniser:
 
     def _customary(self, column: Column) -> str | None:
         """The column that bears the contract's name, else the only one that bears another customary name."""
-        found = named_column(self.obs, column.name)
+        found = named_column([str(c) for c in self.obs.columns], column.name)
         if found == [column.name]:
             return column.name
         if len(found) > 1:

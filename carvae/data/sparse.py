@@ -33,11 +33,11 @@ class CountsCSR:
 
     @classmethod
     def from_scipy(cls, counts: sp.csr_matrix) -> CountsCSR:
-        """The tensors of a scipy matrix."""
+        """The tensors of a scipy matrix, in its own memory where its types are theirs."""
         return cls(
             torch.from_numpy(counts.indptr.astype(np.int64)),
-            torch.from_numpy(counts.indices.astype(np.int32)),
-            torch.from_numpy(counts.data.astype(np.float32)),
+            torch.from_numpy(counts.indices.astype(np.int32, copy=False)),
+            torch.from_numpy(counts.data.astype(np.float32, copy=False)),
             counts.shape[1],
         )
 
@@ -55,6 +55,12 @@ class CountsCSR:
     def library_N(self) -> Tensor:
         """Observed counts per cell, float [N]."""
         return torch.segment_reduce(self.count_M, "sum", offsets=self.indptr_N, initial=0, unsafe=True)
+
+    def part(self, start: int, stop: int) -> CountsCSR:
+        """Some cells in a row, in the same memory."""
+        indptr_N = self.indptr_N[start : stop + 1]
+        entries = slice(int(indptr_N[0]), int(indptr_N[-1]))
+        return CountsCSR(indptr_N - indptr_N[0], self.gene_M[entries], self.count_M[entries], self.n_genes)
 
     def to_scipy(self) -> sp.csr_matrix:
         """The scipy matrix of the tensors."""

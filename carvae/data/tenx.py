@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import scipy.io
 
+from carvae.data.cells import HeldCells
 from carvae.data.counts import Candidate, Opened
 from carvae.data.matrices import (
     MAX_RATIO,
@@ -96,7 +97,7 @@ def open_10x(path: Path, file: h5py.File, name: str) -> Opened:
     keep, notes = gene_expression(types, str(path))
     place = _Place10x(path, groups[0], (len(cells), len(names)), keep)
     candidate = Candidate("matrix", [names[i] for i in keep], [ids[i] for i in keep], place, notes)
-    return Opened(name, _sample_obs(cells, name), [candidate])
+    return Opened(name, HeldCells(_sample_obs(cells, name)), [candidate])
 
 
 def _strings(array: Node) -> list[str]:
@@ -169,7 +170,7 @@ def open_mtx(parts: MtxParts, name: str) -> Opened:
     keep, notes = gene_expression(types, str(parts.matrix))
     held = Held(matrix if len(keep) == len(features) else GeneSubset(matrix, keep))
     candidate = Candidate("matrix", [names[i] for i in keep], [features[i][0] for i in keep], held, notes)
-    return Opened(name, _sample_obs(cells, name), [candidate])
+    return Opened(name, HeldCells(_sample_obs(cells, name)), [candidate])
 
 
 def _unpacked(path: Path) -> IO[str]:

@@ -1,7 +1,7 @@
 """Gene signatures: their scores per cell, and weak labels derived from the scores.
 
-Scores are UCell scores by pyucell (Andreatta and Carmona 2021, doi 10.1016/j.csbj.2021.06.043). A cell's score
-depends on that cell alone; a weak label depends also on the cell's sample.
+Scores are UCell scores (`ucell`; Andreatta and Carmona 2021, doi 10.1016/j.csbj.2021.06.043). A cell's score depends on
+that cell alone; a weak label depends also on the cell's sample.
 
 Axes of arrays: N cells, G genes, C signatures that compete on an axis.
 """
@@ -22,9 +22,6 @@ from carvae.errors import LabelError, join_problems
 from carvae.labels.axis import Axis
 from carvae.labels.read import entries, nearest, read_yaml, repeated, texts, wrong_keys
 from carvae.labels.tree import AxisLabels, EncodedLabels, LabelTree, encode_nodes
-
-BLOCK = 2048
-"""Cells ranked at a time; bounds the memory beside the caller's counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,25 +169,27 @@ def score(counts: sp.spmatrix | sp.sparray, genes: Sequence[str], signatures: Si
     Parameters
     ----------
     counts
-        Raw counts, cells x genes. All measured genes belong here: a cell's ranks are among the genes that it is given.
+        Raw counts (whole numbers), cells x genes. All measured genes belong here: a cell's ranks are among the genes
+        that it is given.
     genes
         Symbol of each column.
     """
+    from carvae.labels.ucell import ucell  # numba is slow to import, and not needed to read signatures
+
     matrix = sp.csr_matrix(counts)
     if matrix.shape[1] != len(genes):
         raise LabelError(f"the counts have {matrix.shape[1]} columns and {len(genes)} gene names; give one name each")
-    column_of, unique = pd.factorize(np.asarray(genes, dtype=object))
-    ones = np.ones(len(column_of), dtype=np.float32)
-    merge = sp.csr_matrix((ones, (np.arange(len(column_of)), column_of)), shape=(len(column_of), len(unique)))
-    able = tuple(item.signature for item in coverage(genes, signatures) if item.scored)
+    gene_of, unique = pd.factorize(np.asarray(genes, dtype=object))
+    able = [item.signature for item in coverage(genes, signatures) if item.scored]
     scores = np.full((matrix.shape[0], len(signatures.items)), np.nan, dtype=np.float32)
-    columns = [signatures.names.index(name) for name in able]
-    for start in range(0, matrix.shape[0] if able else 0, BLOCK):
-        block = matrix[start : start + BLOCK]
-        merged = block @ merge if len(unique) < len(column_of) else block
-        part = _ucell(merged, unique, [signatures[name] for name in able], signatures.max_rank)
-        part[np.asarray(block.sum(axis=1)).ravel() == 0] = np.nan
-        scores[start : start + len(part), columns] = part
+    number = {gene: i for i, gene in enumerate(unique)}
+    up, down = (
+        [[number[gene] for gene in listed if gene in number] for listed in lists]
+        for lists in ([signatures[name].genes for name in able], [signatures[name].down for name in able])
+    )
+    max_rank = min(signatures.max_rank, len(unique))  # as UCell in R: no more ranks than genes
+    scores[:, [signatures.names.index(name) for name in able]] = ucell(matrix, gene_of, up, down, max_rank)
+    scores[np.asarray(matrix.sum(axis=1)).ravel() == 0] = np.nan
     return pd.DataFrame(scores, columns=list(signatures.names))
 
 
@@ -226,21 +225,6 @@ def weak_labels(
     rules = {rule.axis: rule for rule in signatures.rules}
     labelled = [_apply(rules.get(axis.name), axis, scores, sample_N, signatures.min_cells) for axis in tree.axes]
     return EncodedLabels(tuple(labelled))
-
-
-def _ucell(
-    block: sp.csr_matrix, genes: NDArray[np.object_], items: Sequence[Signature], max_rank: int
-) -> NDArray[np.float32]:
-    from anndata import AnnData
-    from pyucell import compute_scores_from_ranks, get_rankings
-
-    max_rank = min(max_rank, len(genes))  # as UCell in R: no more ranks than genes
-    shell = AnnData(obs=pd.DataFrame(index=[str(i) for i in range(block.shape[0])]), var=pd.DataFrame(index=genes))
-    # pyucell reads a trailing + or - as the direction of a gene.
-    lists = {item.name: [f"{g}+" for g in item.genes] + [f"{g}-" for g in item.down] for item in items}
-    ranks = get_rankings(block, max_rank=max_rank)
-    compute_scores_from_ranks(shell, ranks, lists, max_rank=max_rank, missing_genes="skip", suffix="")
-    return np.array(shell.obs[[item.name for item in items]], dtype=np.float32)
 
 
 def _apply(

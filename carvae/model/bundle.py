@@ -148,8 +148,8 @@ class Bundle:
     def _predict(self, adata: AnnData) -> Prediction:
         source = open_source(adata)
         resolved = GeneTable.default().resolve(source.genes, source.gene_ids)
-        matrix = self.align(resolved, PredictConfig().min_overlap).matrix
-        return self.network.predict(sp.vstack([chunk @ matrix for chunk in source.chunks()]).tocsr())
+        alignment = self.align(resolved, PredictConfig().min_overlap)
+        return self.network.predict(sp.vstack([alignment.apply(chunk) for chunk in source.chunks()]).tocsr())
 
     def _describe(self, folder: Path) -> dict[str, Any]:
         return {

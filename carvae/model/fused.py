@@ -90,14 +90,15 @@ def decoder_loss(
 def sparse_product(counts: CountsCSR, value_M: Tensor, weight_GH: Tensor) -> Tensor:
     """Sparse [N, G] x dense [G, H], with values in place of the counts; differentiable in ``weight_GH``."""
     if not available(weight_GH):
-        return _sum_of_rows(counts, value_M, weight_GH)
+        return sum_of_rows(counts, value_M, weight_GH)
     if weight_GH.is_cuda:
         return _dense_product(counts, value_M, weight_GH)
     product_NH: Tensor = _SparseProduct.apply(counts, value_M, weight_GH)  # type: ignore[no-untyped-call]
     return product_NH
 
 
-def _sum_of_rows(counts: CountsCSR, value_M: Tensor, weight_GH: Tensor) -> Tensor:
+def sum_of_rows(counts: CountsCSR, value_M: Tensor, weight_GH: Tensor) -> Tensor:
+    """Sparse [N, G] x dense [G, H], by torch's own operation."""
     first_N = counts.indptr_N[:-1].to(counts.gene_M.dtype)
     return functional.embedding_bag(counts.gene_M, weight_GH, first_N, mode="sum", per_sample_weights=value_M)
 
@@ -119,7 +120,7 @@ class _SparseProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, counts: CountsCSR, value_M: Tensor, weight_GH: Tensor) -> Tensor:
         ctx.counts, ctx.value_M, ctx.shape = counts, value_M, weight_GH.shape
-        return _sum_of_rows(counts, value_M, weight_GH)
+        return sum_of_rows(counts, value_M, weight_GH)
 
     @staticmethod
     @once_differentiable

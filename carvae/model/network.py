@@ -60,15 +60,21 @@ class Network(nn.Module):
         return posterior, self.head(posterior.mean_NK, counts)
 
     @torch.inference_mode()
-    def predict(self, counts: sp.csr_matrix) -> Prediction:
-        """Latent means and leaf probabilities of cells, from counts over the panel [N, G]."""
+    def predict(self, counts: sp.csr_matrix, precision: str = "32-true", *, label: bool = True) -> Prediction:
+        """Latent means, and with ``label`` leaf probabilities, of cells from counts over the panel [N, G].
+
+        ``precision`` "bf16" holds the weights of the encoder's first layer, its most work, in bfloat16.
+        """
         self.eval()
         device = self.vae.log_theta_G.device
-        latent, probability = [], []
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        latent, probability, cells = [], [], CountsCSR.from_scipy(counts)
         for start in range(0, counts.shape[0], CELLS_PER_PASS):
-            posterior, log_probability = self(CountsCSR.from_scipy(counts[start : start + CELLS_PER_PASS]).to(device))
-            latent.append(posterior.mean_NK.float().cpu().numpy())
-            probability.append({axis: p.exp().cpu().numpy() for axis, p in log_probability.items()})
+            part = cells.part(start, min(start + CELLS_PER_PASS, counts.shape[0])).to(device)
+            mean_NK = self.vae.encoder.mean_of(part, dtype)
+            latent.append(mean_NK.cpu().numpy())
+            answer = self.head(mean_NK, part) if label else {}
+            probability.append({axis: log_NS.exp().cpu().numpy() for axis, log_NS in answer.items()})
         if not latent:
             raise AssertionError("predict needs cells")
         return Prediction(

@@ -289,7 +289,7 @@ def _panel_cells(bundle: Bundle, adata: AnnData, columns: Mapping[str, pd.Catego
     source = open_source(adata)
     resolved = GeneTable.default().resolve(source.genes, source.gene_ids)
     aligned = bundle.align(resolved, PredictConfig().min_overlap)
-    counts = sp.vstack([chunk @ aligned.matrix for chunk in source.chunks()]).tocsr().astype(np.float32)
+    counts = sp.vstack([aligned.apply(chunk) for chunk in source.chunks()]).tocsr().astype(np.float32)
     obs = adata.obs.assign(**{PREFIX + name: column for name, column in columns.items()})
     uns = {"carvae": {"bundle": bundle.bundle_id, "genes": aligned.receipt.to_dict()}}
     return AnnData(counts, obs=obs, var=pd.DataFrame(index=list(bundle.genes)), uns=uns)

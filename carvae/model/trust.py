@@ -10,24 +10,20 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 
 from carvae.config import ModelConfig
-from carvae.data.results import CellResults
 from carvae.errors import BundleError
 from carvae.labels.axis import RESERVED, main_first
 from carvae.labels.tree import LabelTree
 from carvae.model.calibration import COVERAGES, Bins, Calibration
 from carvae.model.network import Network
 from carvae.model.novelty import LEVELS, VIEWS, Floats, Reference, Scale, observe, views
-from carvae.model.verdict import FIGURES, SampleLimits, figures
+from carvae.model.verdict import FIGURES, SampleLimits
 
 MATRIX = 2
-LEAST_OVERLAP = 0.5
-"""Share of the panel's genes below which no held-out cell was ever seen."""
 PREFIX = "trust."
 JOIN = " | "
 """Between the states of a set."""
@@ -174,28 +170,3 @@ def set_columns(
             node if k and node is not None else RESERVED for node, k in zip(sure, known, strict=True)
         ]
     return columns
-
-
-def sample_verdicts(
-    trust: Trust, results: CellResults, overlap_N: NDArray[np.floating], care_overlap: float
-) -> pd.DataFrame:
-    """Verdict, reason and figures of each sample (the index), from all its cells."""
-    if trust.limits is None:
-        return pd.DataFrame(index=pd.Index([], dtype=object))
-    novelty_N = results.obs["carvae_novelty"].fillna(1.0).to_numpy()  # too few counts to tell: as strange as can be
-    counts_N = results.obs["carvae_n_panel_counts"].to_numpy()
-    rows = {}
-    for name in np.unique(results.sample.astype(str)):
-        own = results.sample.astype(str) == name
-        sample = figures(results.latent[own], novelty_N[own], counts_N[own], trust.reference, trust.unknown_rate)
-        overlap = float(overlap_N[own].min())
-        verdict, reason = trust.limits.verdict(sample, overlap, care_overlap, LEAST_OVERLAP)
-        rows[name] = {
-            "verdict": verdict,
-            "verdict_reason": reason,
-            "gene_overlap": overlap,
-            "fraction_unknown": sample.fraction_unknown,
-            "mean_novelty": sample.mean_novelty,
-            "batch_distance": sample.batch_distance,
-        }
-    return pd.DataFrame.from_dict(rows, orient="index")

@@ -25,6 +25,8 @@ counts over the panel, on which a halving is a step."""
 IN_RANGE, WITH_CARE, OUT_OF_RANGE = "in range", "with care", "out of range"
 MOST = 0.9
 """Share of the training samples that are in range by definition: one may be odd itself."""
+LEAST_OVERLAP = 0.5
+"""Share of the panel's genes below which no held-out cell was ever seen."""
 MIN_CELLS = 20
 """Cells without which a sample has no verdict but caution, and is no measure for others."""
 MIN_STEP = {"fraction_unknown": 0.05, "mean_novelty": 0.05, "batch_distance": 0.5, "shallowness": 0.5}
@@ -104,12 +106,25 @@ def figures(
     unknown_rate: float,
 ) -> SampleFigures:
     """Figures of one sample from all its cells."""
-    gap_MK = latent_NK.mean(0) - reference.sample_MK
+    unknown, depth = float((novelty_N > 1 - unknown_rate).mean()), float(np.median(counts_N))
+    return figures_of_means(len(latent_NK), latent_NK.mean(0), float(novelty_N.mean()), unknown, depth, reference)
+
+
+def figures_of_means(
+    n_cells: int,
+    mean_K: NDArray[np.floating],
+    mean_novelty: float,
+    fraction_unknown: float,
+    median_counts: float,
+    reference: Reference,
+) -> SampleFigures:
+    """Figures of one sample from what its cells add up to."""
+    gap_MK = mean_K - reference.sample_MK
     squared_M = np.einsum("mk,kl,ml->m", gap_MK, reference.scale_KK, gap_MK)
     return SampleFigures(
-        n_cells=len(latent_NK),
-        fraction_unknown=float((novelty_N > 1 - unknown_rate).mean()),
-        mean_novelty=float(novelty_N.mean()),
+        n_cells=n_cells,
+        fraction_unknown=fraction_unknown,
+        mean_novelty=mean_novelty,
         batch_distance=float(np.sqrt(max(squared_M.min(), 0.0))),
-        shallowness=-float(np.log2(max(np.median(counts_N), 1.0))),
+        shallowness=-float(np.log2(max(median_counts, 1.0))),
     )

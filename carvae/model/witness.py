@@ -19,8 +19,8 @@ from carvae.model.cohort import Cohort
 from carvae.model.metrics import expected_calibration_error
 from carvae.model.network import Network
 from carvae.model.novelty import Floats, Reference, Scale, observe, refer, views
-from carvae.model.trust import LEAST_OVERLAP, Trust
-from carvae.model.verdict import SampleFigures, SampleLimits, figures
+from carvae.model.trust import Trust
+from carvae.model.verdict import LEAST_OVERLAP, SampleFigures, SampleLimits, figures
 
 DEPTHS = (1.0, 0.5, 0.25, 0.1)
 """Shares of their counts at which held-out cells are seen."""

@@ -1,0 +1,142 @@
+"""One row per sample, added up as its cells come by: nothing of a cell is kept but its total counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from carvae.labels.axis import RESERVED, main_first
+from carvae.model.labeller import MARKERS, Labelled
+from carvae.model.trust import Trust
+from carvae.model.verdict import LEAST_OVERLAP, figures_of_means
+
+
+class SampleTable:
+    """Cells, depth, composition over states, mean signature scores and marker-positive fractions of each sample.
+
+    Fractions and means are over the cells used, those that are not ``unknown``.
+
+    Parameters
+    ----------
+    sample
+        Sample of each cell, in the order in which they will come.
+    states
+        Label axis -> its leaves, the main axis first or as `main_first` has it.
+    verdicts
+        Adds a verdict on each sample.
+    """
+
+    def __init__(
+        self, sample: pd.Categorical, states: Mapping[str, tuple[str, ...]], verdicts: Verdicts | None = None
+    ) -> None:
+        self.names = sorted(sample.categories)
+        self.code_N = np.asarray(sample.set_categories(self.names).codes, np.int64)
+        self.states, self.main = states, f"carvae_{main_first(states)[0]}"
+        self.n_used = np.zeros(len(self.names), np.int64)
+        self.totals: list[NDArray[np.int64]] = []
+        self.sums: dict[str, NDArray[np.float64]] = {}
+        self.counts: dict[str, NDArray[np.int64]] = {}
+        self.done, self.verdicts = 0, verdicts
+
+    def add(self, labelled: Labelled) -> None:
+        """Add the next cells."""
+        obs = labelled.results.obs
+        code = self.code_N[self.done : self.done + len(obs)]
+        used = (obs[self.main] != RESERVED).to_numpy()
+        self.done += len(obs)
+        if self.verdicts is not None:
+            self.verdicts.add(code, labelled)
+        self.totals.append(labelled.total_N)
+        self.n_used += np.bincount(code[used], minlength=len(self.names))
+        columns: dict[str, Any] = {"mean_confidence": obs["carvae_confidence"]}
+        for axis, leaves in self.states.items():
+            columns |= {f"fraction {leaf}": obs[f"carvae_{axis}"] == leaf for leaf in leaves}
+        columns |= {f"fraction {gene}+": found for gene, found in labelled.markers.items()}
+        scores = [column for column in obs if str(column).startswith("carvae_score_")]
+        columns |= {f"mean {str(column).removeprefix('carvae_')}": obs[column] for column in scores}
+        for name, values in columns.items():
+            self._add(name, code[used], np.asarray(values, np.float64)[used])
+
+    def _add(self, name: str, code: NDArray[np.int64], values: NDArray[np.float64]) -> None:
+        known = ~np.isnan(values)
+        n = np.bincount(code[known], minlength=len(self.names))
+        total = np.bincount(code[known], weights=values[known], minlength=len(self.names)).astype(np.float64)
+        self.sums[name] = total + self.sums.get(name, 0.0)
+        self.counts[name] = n + self.counts.get(name, 0)
+
+    def frame(self) -> pd.DataFrame:
+        """The table, samples sorted by name."""
+        code, total = self.code_N[: self.done], np.concatenate(self.totals)
+        table = pd.DataFrame({"sample": self.names, "n_cells": np.bincount(code, minlength=len(self.names))})
+        table["n_cells_used"] = self.n_used
+        table["median_counts"] = pd.Series(total).groupby(code).median().reindex(range(len(self.names))).to_numpy()
+        with np.errstate(invalid="ignore"):
+            for name in self._order():
+                table[name] = self.sums[name] / self.counts[name]
+        return table if self.verdicts is None else table.join(self.verdicts.frame())
+
+    def _order(self) -> list[str]:
+        """The columns: what every source had, then markers that some lacked, then scores."""
+        scores = [name for name in self.sums if name.startswith("mean score_")]
+        markers = [f"fraction {gene}+" for gene in MARKERS if f"fraction {gene}+" in self.sums]
+        return [name for name in self.sums if name not in (*scores, *markers)] + markers + scores
+
+
+class Verdicts:
+    """Is each sample inside what the model knows? Added up as `SampleTable` is; samples are numbered.
+
+    Parameters
+    ----------
+    trust
+        What the model knows of its errors.
+    care_overlap
+        Share of the panel's genes below which care is due.
+    """
+
+    def __init__(self, trust: Trust, care_overlap: float) -> None:
+        self.trust, self.care_overlap = trust, care_overlap
+        self.parts: list[pd.DataFrame] = []
+        self.overlap: dict[int, float] = {}
+        self.latent: dict[int, NDArray[np.float64]] = {}
+
+    def add(self, code: NDArray[np.int64], labelled: Labelled) -> None:
+        """Add the next cells, which are of the samples ``code``."""
+        results = labelled.results
+        novelty = results.obs["carvae_novelty"].fillna(1.0).to_numpy()  # too few counts to tell: as strange as can be
+        counts = results.obs["carvae_n_panel_counts"].to_numpy()
+        frame = pd.DataFrame({"sample": code.astype(np.int32), "novelty": novelty, "counts": counts})
+        self.parts.append(frame.astype({"novelty": np.float32, "counts": np.float32}))
+        for sample in np.unique(code).tolist():
+            self.overlap[sample] = min(labelled.overlap, self.overlap.get(sample, 1.0))
+            latent = results.latent[code == sample].sum(0, dtype=np.float64)
+            self.latent[sample] = latent + self.latent.get(sample, 0.0)
+
+    def frame(self) -> pd.DataFrame:
+        """Verdict, reason and figures; the number of the sample is the index."""
+        limits, rows = self.trust.limits, {}
+        if limits is None:
+            return pd.DataFrame()
+        for sample, cells in pd.concat(self.parts, ignore_index=True).groupby("sample"):
+            number, overlap = int(str(sample)), self.overlap[int(str(sample))]
+            found = figures_of_means(
+                len(cells),
+                self.latent[number] / len(cells),
+                float(cells["novelty"].mean()),
+                float((cells["novelty"] > 1 - self.trust.unknown_rate).mean()),
+                float(cells["counts"].median()),
+                self.trust.reference,
+            )
+            verdict, reason = limits.verdict(found, overlap, self.care_overlap, LEAST_OVERLAP)
+            rows[number] = {
+                "verdict": verdict,
+                "verdict_reason": reason,
+                "gene_overlap": overlap,
+                "fraction_unknown": found.fraction_unknown,
+                "mean_novelty": found.mean_novelty,
+                "batch_distance": found.batch_distance,
+            }
+        return pd.DataFrame.from_dict(rows, orient="index")
