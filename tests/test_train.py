@@ -29,6 +29,7 @@ from carvae.data.store import CellStore
 from carvae.errors import TrainError
 from carvae.ingest import run as ingest
 from carvae.ingest import work_folder
+from carvae.model import trainer
 from carvae.model.bundle import load
 from carvae.model.cohort import Cohort
 from carvae.model.metrics import score_axis
@@ -446,11 +447,11 @@ def test_wandb_works_offline_without_an_account_and_tells_no_names(world: World,
 
 def test_bfloat16_is_float32_where_the_processor_has_no_products_of_it(caplog: pytest.LogCaptureFixture) -> None:
     config = Config.parse({"train": {"precision": "bf16-mixed", "accelerator": "cpu"}})
-    with caplog.at_level("INFO"), mock.patch.object(train, "has_bfloat16", return_value=False):
-        assert train._precision(config) == "32-true"
+    with caplog.at_level("INFO"), mock.patch.object(trainer, "has_bfloat16", return_value=False):
+        assert trainer._precision(config) == "32-true"
     assert "no bfloat16 products" in caplog.text
-    with mock.patch.object(train, "has_bfloat16", return_value=True):
-        assert train._precision(config) == "bf16-mixed"
+    with mock.patch.object(trainer, "has_bfloat16", return_value=True):
+        assert trainer._precision(config) == "bf16-mixed"
 
 
 @pytest.mark.parametrize(
