@@ -226,6 +226,9 @@ class _Pass:
             first += source.n_cells
         if len(confirmed) > 1:
             refuse_shared(confirmed)
+        if self.table is not None and (n_unknown := first - int(self.table.n_used.sum())):
+            why = "too few counts over the model's genes" + (", or unlike what it knows" if self.bundle.trust else "")
+            log.info("%s of %s cells are unknown: %s", f"{n_unknown:,}", f"{first:,}", why)
         return confirmed
 
     def uns(self, sources: Sequence[CountsSource]) -> dict[str, Any]:
