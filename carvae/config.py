@@ -200,7 +200,8 @@ class PredictConfig(Section):
     """Writes for every cell the set of states that holds the true one with this probability (``carvae_set``), and the
     finest state or group of states that is at least so probable (``carvae_state_sure``)."""
     precision: Literal["32-true", "bf16"] = "32-true"
-    """Arithmetic of the encoder's first layer where cells are embedded; bf16 moves coordinates by about a hundredth."""
+    """Arithmetic of the encoder's first layer where cells are embedded; bf16 moves coordinates by about a hundredth.
+    A calibrated model labels in 32 bits whatever this says, as it was calibrated."""
     dask: str | None = None
     """Workers: the address of a Dask scheduler (``tcp://HOST:8786``), or ``local`` or ``local:N`` for N processes on
     this machine. All workers must be able to read the query and the model under their paths."""
@@ -209,10 +210,10 @@ class PredictConfig(Section):
 class PlanConfig(Section):
     """What fewer cells and fewer counts per cell would cost, tried on the user's own data."""
 
-    umis: tuple[int, ...] = (250, 500, 1000, 2000, 4000, 8000)
+    umis: tuple[Annotated[int, Field(ge=1)], ...] = (250, 500, 1000, 2000, 4000, 8000)
     """Mean UMIs per cell that are tried, beside the depth of the data; deeper ones than the data's are left out."""
-    cells: tuple[int, ...] = (100, 200, 400, 800, 1600, 3200)
-    """Cells per sample that are tried, beside all of them; a sample that has fewer is left out there."""
+    cells: tuple[Annotated[int, Field(ge=1)], ...] = (100, 200, 400, 800, 1600, 3200)
+    """Cells per sample that are tried, beside all of them; a sample that has fewer enters with all of its own."""
     draws: int = Field(10, ge=1)
     """Random draws of every design."""
     max_cells: int = Field(20_000, ge=1)

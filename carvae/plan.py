@@ -26,7 +26,7 @@ from carvae.data.atomic import replacing_file
 from carvae.data.genes import GeneTable
 from carvae.data.readers import CountsSource, open_samples
 from carvae.data.schema import query_samples
-from carvae.errors import BundleError, ConfigError
+from carvae.errors import BundleError, ConfigError, CountsError
 from carvae.model.bundle import Bundle, load
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,8 @@ class Query:
     """Counts over all genes."""
     sample_N: NDArray[np.intp]
     samples: tuple[str, ...]
+    present_G: NDArray[np.bool_]
+    """The model's genes that all sources measured."""
 
     def depth_B(self) -> NDArray[np.float64]:
         """Mean counts per cell of each sample."""
@@ -58,7 +60,7 @@ class Calls:
     """What the model says of each cell."""
 
     label_N: NDArray[np.intp]
-    """`UNKNOWN` where the counts are too few."""
+    """`UNKNOWN` where the counts are too few, or the cell is unlike what the model knows."""
     confidence_N: NDArray[np.float32]
 
 
@@ -77,7 +79,7 @@ def run(query: Path, model: Path, out: Path, config: PlanConfig, predict: Predic
         raise BundleError("this model was trained without labels, so there is no composition to plan for")
     rng = np.random.default_rng(seed)
     cells = read(query, bundle, config, predict, rng)
-    table = designs(cells, lambda panel: call(panel, bundle, predict), config, rng)
+    table = designs(cells, lambda panel: call(panel, bundle, predict, cells.present_G), config, rng)
     chosen = cheapest(table, config.max_error)
     out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -99,18 +101,21 @@ def read(query: Path, bundle: Bundle, config: PlanConfig, predict: PredictConfig
     if not taken_N.all():
         log.info("%s of %s cells are taken, evenly over the samples", f"{taken_N.sum():,}", f"{len(taken_N):,}")
     panels, totals, first = [], [], 0
+    present_G = np.ones(len(bundle.genes), np.bool_)
     for source in sources:
         own = taken_N[first : first + source.n_cells]
-        panel, total = _read_source(source, bundle, predict, own)
+        panel, total, present = _read_source(source, bundle, predict, own)
         panels.append(panel)
         totals.append(total)
+        present_G &= present
         first += source.n_cells
-    return Query(sp.vstack(panels, format="csr"), np.concatenate(totals), sample_N[taken_N], tuple(map(str, samples)))
+    panel, total_N = sp.vstack(panels, format="csr"), np.concatenate(totals)
+    return Query(panel, total_N, sample_N[taken_N], tuple(map(str, samples)), present_G)
 
 
 def _read_source(
     source: CountsSource, bundle: Bundle, predict: PredictConfig, taken_N: NDArray[np.bool_]
-) -> tuple[sp.csr_matrix, NDArray[np.int64]]:
+) -> tuple[sp.csr_matrix, NDArray[np.int64], NDArray[np.bool_]]:
     resolved = GeneTable.default().resolve(source.genes, source.gene_ids)
     alignment = bundle.align(resolved, predict.min_overlap)
     log.info("%s: %s", source.name, alignment.receipt.sentence())
@@ -120,14 +125,18 @@ def _read_source(
         panels.append(alignment.apply(block.counts)[own])
         totals.append(block.total_N[own])
         first += len(block.total_N)
-    return sp.vstack(panels, format="csr"), np.concatenate(totals)
+    return sp.vstack(panels, format="csr"), np.concatenate(totals), alignment.present
 
 
-def call(panel: sp.csr_matrix, bundle: Bundle, predict: PredictConfig) -> Calls:
-    """Labels on the model's main axis."""
-    probability_NS = bundle.network.predict(panel, predict.precision).probability_NS[bundle.axes[0]]
-    seen_N = np.asarray(panel.sum(axis=1)).ravel() >= predict.min_counts
-    return Calls(np.where(seen_N, probability_NS.argmax(1), UNKNOWN), probability_NS.max(1))
+def call(panel: sp.csr_matrix, bundle: Bundle, predict: PredictConfig, present_G: NDArray[np.bool_]) -> Calls:
+    """Labels on the model's main axis, as `carvae annotate` gives them."""
+    known_N = np.asarray(panel.sum(axis=1)).ravel() >= predict.min_counts
+    if bundle.trust is None:
+        probability_NS = bundle.network.predict(panel, predict.precision).probability_NS[bundle.axes[0]]
+    else:
+        judged = bundle.trust.judge(bundle.network, panel, present_G)
+        probability_NS, known_N = judged.probability_NS[bundle.axes[0]], known_N & ~bundle.trust.unknown(judged)
+    return Calls(np.where(known_N, probability_NS.argmax(1), UNKNOWN), probability_NS.max(1))
 
 
 def designs(
@@ -151,6 +160,11 @@ def designs(
         Mean confidence less that at full depth; share of cells with too few counts.
     """
     full = calls_of(cells.panel)
+    if (full.label_N == UNKNOWN).all():
+        raise CountsError(
+            "every cell of the query is unknown to the model, so there is no composition to keep; look at what `carvae "
+            "annotate` says of it, or lower predict.min_counts"
+        )
     reads_of = saturation(float(cells.total_N.mean()), config.reads_per_cell)
     depth_B, n_B = cells.depth_B(), np.bincount(cells.sample_N)
     depths = [float(d) for d in sorted(set(config.umis)) if d < depth_B.max()] + [np.inf]
@@ -300,7 +314,7 @@ def draw(table: pd.DataFrame, chosen: int, config: PlanConfig, path: Path) -> No
     deepest = groups[-1][1]
     for name, values, mark in (
         ("label as at full depth", deepest["agreement"], "o-"),
-        ("too few counts for a label", deepest["unknown"], "s--"),
+        ("no label: unknown", deepest["unknown"], "s--"),
         ("loss of mean confidence", -deepest["confidence_change"], "^:"),
     ):
         right.plot(deepest["umis_per_cell"], values, mark, label=name, markersize=4)

@@ -32,6 +32,7 @@ from carvae.model.ahead import Behind, ahead, on_dask
 from carvae.model.bundle import Bundle, load
 from carvae.model.labeller import Labelled, Labeller
 from carvae.model.sample_table import SampleTable, Verdicts
+from carvae.model.verdict import IN_RANGE
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +138,11 @@ def _write(work: _Pass, model: Path, out: Path) -> None:
         sources = work.confirmed()
         writer.finish(sources, work.uns(sources))
         if table is not None and work.table is not None:
-            work.table.frame().to_csv(table, index=False)
+            frame = work.table.frame()
+            frame.to_csv(table, index=False)
+            if "verdict" in frame:
+                for row in frame[frame["verdict"] != IN_RANGE].itertuples():
+                    log.info("sample %s is %s: %s", row.sample, row.verdict, row.verdict_reason)
 
 
 class _Pass:

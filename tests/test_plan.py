@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trained import World, carvae
 
-from carvae.config import PlanConfig, PredictConfig
-from carvae.errors import ConfigError
+from carvae.config import Config, PlanConfig, PredictConfig
+from carvae.errors import ConfigError, CountsError
 from carvae.model.bundle import load
 from carvae.plan import UNKNOWN, Calls, Query, cheapest, composition, designs, distance, read, saturation, thinned
 
@@ -27,7 +27,7 @@ def query(n_cells: int = 4000, depth: float = 200.0, seed: int = 0) -> Query:
     mean = depth * np.where(kind_N[:, None], [0.6, 0.2], [0.2, 0.6])
     panel = sp.csr_matrix(rng.poisson(mean))
     total_N = np.asarray(panel.sum(axis=1)).ravel() + rng.poisson(depth * 0.2, n_cells)
-    return Query(panel, total_N, sample_N, ("a", "b"))
+    return Query(panel, total_N, sample_N, ("a", "b"), np.ones(2, np.bool_))
 
 
 def calls_of(panel: sp.csr_matrix) -> Calls:
@@ -130,3 +130,17 @@ def test_the_verb_writes_a_table_and_a_plot(world: World, tmp_path: Path, caplog
         assert refused.code == 1
         assert words in refused.err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "file", "o"]
+
+
+def test_a_query_of_which_nothing_is_known_has_nothing_to_plan_for() -> None:
+    def nothing(panel: sp.csr_matrix) -> Calls:
+        return Calls(np.full(panel.shape[0], UNKNOWN), np.ones(panel.shape[0], np.float32))
+
+    with pytest.raises(CountsError, match="every cell of the query is unknown"):
+        designs(query(), nothing, PlanConfig(draws=2), np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("setting", ["plan.umis=[-5]", "plan.umis=[0]", "plan.cells=[-3]"])
+def test_designs_without_cells_or_counts_are_refused(setting: str) -> None:
+    with pytest.raises(ConfigError, match="greater than or equal to 1"):
+        Config.parse_overrides([setting])

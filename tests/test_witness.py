@@ -15,7 +15,7 @@ from carvae.labels.tree import LabelTree
 from carvae.model.bundle import load
 from carvae.model.cohort import Cohort
 from carvae.model.network import Network
-from carvae.model.trust import JOIN, Trust, set_columns
+from carvae.model.trust import JOIN, UNSURE, Trust, set_columns
 from carvae.model.witness import DEPTHS, OVERLAPS, Witness, learn, measure, witness
 
 IDENTITY = ("GENE0", "GENE1")
@@ -159,7 +159,7 @@ def test_sets_hold_the_best_state_and_unknown_cells_have_none(trust: Trust, netw
         assert (text == RESERVED) == (not is_known)
         if is_known:
             assert text.split(JOIN)[0] == state
-            assert sure in {state, RESERVED}
+            assert sure in {state, UNSURE}
 
 
 def test_undecided_leaves_roll_up_to_their_parent() -> None:

@@ -20,7 +20,8 @@ import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialise
 
 from carvae.config import ModelConfig, PredictConfig
 from carvae.data.atomic import replacing_folder
@@ -97,7 +98,7 @@ class Bundle:
         check_place(path)
         with replacing_folder(path) as scratch:
             known = {} if self.trust is None else self.trust.tensors()
-            save_file(_tensors(self.network) | known, scratch / FILES[0])
+            (scratch / FILES[0]).write_bytes(serialise(_tensors(self.network) | known))  # readable as the umask says
             (scratch / FILES[1]).write_text(self.card, encoding="utf-8")
             (scratch / FILES[2]).write_text(json.dumps(self.metrics, indent=1, allow_nan=False), encoding="utf-8")
             text = json.dumps(self._describe(scratch), indent=1, allow_nan=False)

@@ -27,6 +27,8 @@ MATRIX = 2
 PREFIX = "trust."
 JOIN = " | "
 """Between the states of a set."""
+UNSURE = "unsure"
+"""The finest sure node of a cell that is known, but of which not even a group of states is sure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +151,8 @@ def set_columns(
     """Columns with each cell's compatible states, the likeliest first, and its finest sure node.
 
     ``carvae_set`` (``carvae_<axis>_set`` for further axes) joins the names of leaves by `JOIN`;
-    ``carvae_<axis>_sure`` is the finest node with at least the probability ``coverage``. Both say ``unknown`` for cells
-    that are, and the second where not even a group of states is sure.
+    ``carvae_<axis>_sure`` is the finest node with at least the probability ``coverage``, or `UNSURE`.
+    Both say ``unknown`` for cells that are.
     """
     columns: dict[str, list[str]] = {}
     main = main_first(axis.name for axis in tree.axes)[0]
@@ -167,6 +169,6 @@ def set_columns(
         column = "carvae_set" if axis.name == main else f"carvae_{axis.name}_set"
         columns[column] = [text if k else RESERVED for text, k in zip(sets, known, strict=True)]
         columns[f"carvae_{axis.name}_sure"] = [
-            node if k and node is not None else RESERVED for node, k in zip(sure, known, strict=True)
+            (node or UNSURE) if k else RESERVED for node, k in zip(sure, known, strict=True)
         ]
     return columns
