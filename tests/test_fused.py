@@ -71,6 +71,18 @@ def assert_close(found: dict[str, Tensor], exact: dict[str, Tensor], terms: dict
         assert float((found[name] - value).abs().max()) / scale < tolerance, name
 
 
+def cancelling(ends: Ends, shape: tuple[int, int], largest: int, width: float) -> dict[str, float]:
+    """Size of the terms that cancel in each gradient.
+
+    Gradients of logits are differences of counts (of them the mean over cells is taken), those of theta of terms below
+    theta and mu: float32 leaves 1e-6 of the terms where they cancel.
+    """
+    logits, greatest = max(1.0, largest) / shape[0], max(1.0, width) * 4
+    theta = float(ends.log_theta_G.detach().exp().max())
+    terms = {"scale.bias": logits * shape[0], "scale.weight": logits, "hidden_NH": logits * shape[1] * greatest}
+    return terms | {"log_theta_G": max(1.0, min(theta, largest))}
+
+
 @zinb_too
 @given(
     shape=st.tuples(st.integers(1, 7), st.integers(1, 70)),
@@ -99,12 +111,7 @@ def test_the_kernels_equal_float64(
     found = results(ends, counts)
     exact = results(ends.double(), counts)
     assert not fused.available(ends.log_theta_G)
-    # Gradients of logits are differences of counts (of them the mean over cells is taken), those of theta of terms
-    # below theta and mu: float32 leaves 1e-6 of the terms where they cancel.
-    logits, greatest = max(1.0, largest) / shape[0], max(1.0, width) * 4
-    theta = float(ends.log_theta_G.detach().exp().max())
-    terms = {"scale.bias": logits * shape[0], "scale.weight": logits, "hidden_NH": logits * shape[1] * greatest}
-    assert_close(found, exact, terms | {"log_theta_G": max(1.0, min(theta, largest))}, tolerance=1e-5)
+    assert_close(found, exact, cancelling(ends, shape, largest, width), tolerance=1e-5)
 
 
 @zinb_too

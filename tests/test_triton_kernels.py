@@ -17,7 +17,7 @@ import scipy.special
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_fused import Ends, assert_close, minibatch, results, zinb_too
+from test_fused import Ends, assert_close, cancelling, minibatch, results, zinb_too
 from torch import Tensor
 
 from carvae.data.sparse import CountsCSR
@@ -80,10 +80,7 @@ def test_the_kernels_equal_float64(
     torch.manual_seed(seed)
     counts = minibatch(*shape, density, largest, seed)
     ends = Ends(*shape, inflated, width, log10_theta)
-    theta = float(ends.log_theta_G.detach().exp().max())
-    logits, greatest = max(1.0, largest) / shape[0], max(1.0, width) * 4  # as in test_fused
-    terms = {"scale.bias": logits * shape[0], "scale.weight": logits, "hidden_NH": logits * shape[1] * greatest}
-    terms["log_theta_G"] = max(1.0, min(theta, largest))
+    terms = cancelling(ends, shape, largest, width)
     assert_close(found(ends, counts), exact(ends, counts), terms, tolerance=1e-5)
 
 

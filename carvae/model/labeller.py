@@ -5,7 +5,6 @@ Axes: N cells, K latent, S leaves of one label axis.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +23,6 @@ from carvae.labels.signatures import coverage, score
 from carvae.model.bundle import Bundle
 from carvae.model.network import Prediction
 from carvae.model.trust import Judged, set_columns
-
-log = logging.getLogger(__name__)
 
 MARKERS = ("LAG3", "PDCD1", "HAVCR2")
 """Exhaustion markers whose detection (one count or more) is reported per sample."""
