@@ -69,10 +69,10 @@ def recorded(world: World, output: Path, **sections: Any) -> list[tuple[float, f
     original = Objective._loss
 
     def spy(self: Any, batch: Minibatch, thin: Any, kl_weight: float | torch.Tensor) -> Any:
-        loss, parts = original(self, batch, thin, kl_weight)
+        loss, parts, answer = original(self, batch, thin, kl_weight)
         if thin is not None:
             steps.append((float(kl_weight), float(loss.detach())))
-        return loss, parts
+        return loss, parts, answer
 
     with mock.patch.object(Objective, "_loss", spy):
         train_here(world, output, **sections)
@@ -258,7 +258,7 @@ def test_training_stops_where_the_held_out_loss_does_not_fall(world: World, tmp_
     total, n = 0.0, 0
     for batch in module.val_dataloader():
         with torch.no_grad():
-            loss, _ = module._loss(batch, None, config.train.kl_weight)
+            loss, _, _ = module._loss(batch, None, config.train.kl_weight)
         total, n = total + float(loss) * batch.counts.n_cells, n + batch.counts.n_cells
     assert total / n == pytest.approx(losses[best], rel=1e-4)
 

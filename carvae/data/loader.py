@@ -94,10 +94,6 @@ class MinibatchLoader:
     def __len__(self) -> int:
         return math.ceil(self.rows.size / self.batch_size)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next pass (Lightning's protocol for samplers)."""
-        self.epoch = epoch
-
     def visits(self) -> Visits:
         """The order of the next pass."""
         shuffle = None if self.seed is None else Shuffle(self.seed, self.epoch)

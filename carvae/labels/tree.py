@@ -92,10 +92,6 @@ class LabelTree:
         """Leaves of an axis, in the order of the model's classes."""
         return self[axis].leaves
 
-    def axis_of(self, node: str) -> Axis | None:
-        """The axis that holds ``node``; None where no axis does."""
-        return next((axis for axis in self.axes if node in axis.nodes), None)
-
 
 @dataclass(frozen=True, slots=True)
 class Mapping:

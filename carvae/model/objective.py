@@ -143,10 +143,9 @@ class Objective(lightning.LightningModule):
 
     def validation_step(self, batch: Minibatch, batch_idx: int) -> None:
         """Loss of held-out cells with z at its mean, and their predictions."""
-        loss, parts = self._loss(batch, None, self.config.train.kl_weight)
+        loss, parts, answer = self._loss(batch, None, self.config.train.kl_weight)
         self._accumulate(parts | {"val_loss": loss}, batch)
-        _, log_probability = self.network(batch.counts)
-        self._held_out.append({axis: p[: batch.n_counted].exp().cpu() for axis, p in log_probability.items()})
+        self._held_out.append({axis: log_NS[: batch.n_counted].exp().cpu() for axis, log_NS in answer.items()})
 
     def on_validation_epoch_end(self) -> None:
         """Log held-out losses and label scores over the whole held-out set."""
@@ -178,22 +177,24 @@ class Objective(lightning.LightningModule):
 
     def _loss(
         self, batch: Minibatch, thin: Thinning | None, kl_weight: float | Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """The loss, its terms, and the head's log probabilities by the latent space."""
         posterior = self.network.vae.encoder(batch.counts if thin is None else thin(batch.counts))
         z_NK = posterior.mean_NK if thin is None else posterior.sample()
         elbo = self.network.vae.elbo(batch.counts, posterior, z_NK, batch.covariate_NC, batch.unmeasured_NG)
         loss = elbo.loss(kl_weight)
         parts = {"reconstruction": elbo.reconstruction, "kl": elbo.kl_N.mean()}
-        for a, (axis, log_probability_NS) in enumerate(self.network.head.latent_view(posterior.mean_NK).items()):
+        answer = self.network.head.latent_view(posterior.mean_NK)  # the gene view is fitted when this is done
+        for a, (axis, log_probability_NS) in enumerate(answer.items()):
             labels = batch.code_NA[:, a], self.get_buffer(f"allowed_{a}"), batch.weight_NA[:, a]
             parts[f"label_{axis}"] = label_loss(log_probability_NS, *labels)
             loss = loss + self.config.train.label_weight * parts[f"label_{axis}"]
-        return loss, parts
+        return loss, parts, answer
 
     def _optimise(self, batch: Minibatch) -> dict[str, Tensor]:
         """One optimiser step; returns the terms of the loss."""
         optimizer: Any = self.optimizers()
-        loss, parts = self._loss(batch, self.thin, self.get_buffer("kl_weight"))
+        loss, parts, _ = self._loss(batch, self.thin, self.get_buffer("kl_weight"))
         optimizer.zero_grad()
         self.manual_backward(loss)
         optimizer.step()
