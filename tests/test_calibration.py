@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,8 +14,23 @@ from carvae.model.calibration import COVERAGES, Bins, Calibration, fit_temperatu
 from carvae.model.metrics import expected_calibration_error
 
 N_LEAVES = 4
-ONE = np.full(40_000, "P1", dtype=object)
-"""All cells of one patient."""
+ONE_BIN = Bins(np.ones(1, np.float32), np.empty((1, 0), np.float32))
+TWO_BINS = Bins(np.ones(1, np.float32), np.array([[100.0]], np.float32))
+DEPTHS = np.array([50.0, 200.0])
+"""A depth in each of two bins."""
+
+
+def fit(log_p: np.ndarray, truth: np.ndarray, patient: np.ndarray | None = None, **where: Any) -> Calibration:
+    """Fitted on cells of one patient, of one depth and with all genes, unless said otherwise."""
+    counts, bins = where.get("counts", np.ones(truth.size)), where.get("bins", ONE_BIN)
+    whose = np.full(truth.size, "P1", dtype=object) if patient is None else patient
+    return Calibration.fit(log_p, truth, bins, counts, np.ones(truth.size), whose)
+
+
+def temperature(log_p: np.ndarray, truth: np.ndarray, counts: np.ndarray, patient: np.ndarray, at: float) -> float:
+    """Temperature of a new patient's cells of depth ``at``."""
+    condition = np.stack([np.log1p(counts), np.ones(truth.size)], axis=1)
+    return float(fit_temperature(log_p, truth, condition, patient, np.array([[np.log1p(at), 1.0]]))[0])
 
 
 def world(n: int, seed: int, sharpness: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
@@ -25,18 +42,34 @@ def world(n: int, seed: int, sharpness: float = 1.0) -> tuple[np.ndarray, np.nda
     return log_p, truth
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_a_temperature_is_found_again(temperature: float) -> None:
+@pytest.mark.parametrize("true", [0.5, 1.0, 3.0])
+def test_a_temperature_is_found_again(true: float) -> None:
     log_p, truth = world(20_000, 0)
-    distorted = log_softmax(log_p * temperature, axis=1)
-    assert fit_temperature(distorted, truth) == pytest.approx(temperature, rel=0.05)
+    distorted = log_softmax(log_p * true, axis=1)
+    one = np.full(truth.size, "P1", dtype=object)
+    assert temperature(distorted, truth, np.ones(truth.size), one, 1.0) == pytest.approx(true, rel=0.05)
+
+
+def test_a_new_patients_temperature_is_the_mean_of_the_patients_and_follows_depth_within_them() -> None:
+    # the deeper a cell, the more is said of it: T = own * counts ** 0.5 / 10; the large patient is the deepest by far
+    own, cells, depth = np.array([0.5, 1.0, 2.0, 4.0]), [4000, 4000, 4000, 30_000], [30.0, 40.0, 50.0, 900.0]
+    rng = np.random.default_rng(0)
+    counts = np.concatenate([d * rng.uniform(0.1, 1, n) for d, n in zip(depth, cells, strict=True)])
+    whose = np.repeat(np.array(["A", "B", "C", "D"], dtype=object), cells)
+    log_p, truth = world(counts.size, 5)
+    said = log_softmax(log_p * (np.repeat(own, cells) * np.sqrt(counts) / 10)[:, None], axis=1)
+    for at in (10.0, 100.0):
+        found = temperature(said, truth, counts, whose, at)
+        assert found == pytest.approx(np.sqrt(2) * np.sqrt(at) / 10, rel=0.15)  # sqrt(2): geometric mean of `own`
+    pooled = temperature(said, truth, counts, np.full(counts.size, "P", dtype=object), 10.0)
+    assert pooled < 0.85 * np.sqrt(2) * np.sqrt(10) / 10  # who pools the cells takes the large patient for an effect
 
 
 def test_calibration_repairs_an_overconfident_model_and_keeps_its_choices() -> None:
     log_p, truth = world(12_000, 1)
     loud = log_softmax(log_p * 3, axis=1)
     half, bin_n = 6000, np.zeros(6000, np.int64)
-    fitted = Calibration.fit(loud[:half], truth[:half], bin_n, 1, ONE[: len(bin_n)])
+    fitted = fit(loud[:half], truth[:half])
     quiet = fitted.probability(loud[half:], bin_n)
     assert expected_calibration_error(np.exp(loud[half:]), truth[half:]) > 0.1
     assert expected_calibration_error(quiet, truth[half:]) < 0.03
@@ -47,7 +80,7 @@ def test_calibration_repairs_an_overconfident_model_and_keeps_its_choices() -> N
 def test_sets_cover_each_leaf_as_often_as_stated(coverage: float) -> None:
     log_p, truth = world(40_000, 2)
     half, bin_n = 20_000, np.zeros(20_000, np.int64)
-    fitted = Calibration.fit(log_p[:half], truth[:half], bin_n, 1, ONE[: len(bin_n)])
+    fitted = fit(log_p[:half], truth[:half])
     held = fitted.sets(fitted.probability(log_p[half:], bin_n), bin_n, coverage)
     covered = held[np.arange(half), truth[half:]]
     for leaf in range(N_LEAVES):
@@ -65,21 +98,23 @@ def test_coverage_holds_in_each_bin_where_a_single_threshold_fails() -> None:
     bin_n = np.repeat([0, 1], 20_000)[order]
     one, test = slice(0, 20_000), slice(20_000, None)
 
-    def gap(bins: np.ndarray, n: int) -> float:
-        fitted = Calibration.fit(log_p[one], truth[one], bins[one], n, ONE[:20_000])
-        held = fitted.sets(fitted.probability(log_p[test], bins[test]), bins[test], 0.9)
+    def gap(bins: Bins) -> float:
+        counts = DEPTHS[bin_n]
+        at = bins.of(counts[test], 1.0)
+        fitted = fit(log_p[one], truth[one], bins=bins, counts=counts[one])
+        held = fitted.sets(fitted.probability(log_p[test], at), at, 0.9)
         covered = held[np.arange(20_000), truth[test]]
         return max(abs(covered[bin_n[test] == b].mean() - 0.9) for b in (0, 1))
 
-    assert gap(bin_n, 2) < 0.025
-    assert gap(np.zeros_like(bin_n), 1) > 0.035
+    assert gap(TWO_BINS) < 0.025
+    assert gap(ONE_BIN) > 0.035
 
 
 @given(st.integers(0, 10_000), st.floats(0.3, 3.0))
 def test_sets_are_nested_never_empty_and_hold_the_best(seed: int, temperature: float) -> None:
     log_p, truth = world(60, seed)
     bin_n = np.arange(60) % 2
-    fitted = Calibration.fit(log_softmax(log_p * temperature, axis=1), truth, bin_n, 2, ONE[:60])
+    fitted = fit(log_softmax(log_p * temperature, axis=1), truth, bins=TWO_BINS, counts=DEPTHS[bin_n])
     p = fitted.probability(log_p, bin_n)
     smaller = fitted.sets(p, bin_n, 0.6)
     assert smaller[np.arange(60), p.argmax(1)].all()
@@ -120,8 +155,8 @@ def test_new_patients_are_covered_where_a_fit_on_pooled_cells_covers_too_few() -
     covered: dict[bool, list[float]] = {True: [], False: []}
     for seed in range(6):
         said, truth, whose = patients(6, 500, seed)
-        for by_patient, who in ((True, whose), (False, ONE[: len(whose)])):
-            fitted = Calibration.fit(said, truth, np.zeros(truth.size, np.int64), 1, who)
+        for by_patient, who in ((True, whose), (False, None)):
+            fitted = fit(said, truth, who)
             held = fitted.sets(fitted.probability(new, bin_n), bin_n, 0.9)
             covered[by_patient].append(float(held[np.arange(truth_of_new.size), truth_of_new].mean()))
     assert np.mean(covered[True]) > np.mean(covered[False]) + 0.005

@@ -1,9 +1,11 @@
 """Probabilities that mean what they say, and sets of states that hold the true one as often as stated.
 
-Both are fitted on cells of held-out patients, as they are and with counts and genes taken away, and separately for
-bins of depth and of gene overlap: a set fitted on deep cells alone covers too little on shallow ones.
+Both are fitted on cells of held-out patients, as they are and with counts and genes taken away. Sets have thresholds
+for bins of depth and of gene overlap: one fitted on deep cells alone covers too little on shallow ones. Temperatures
+follow depth and overlap by two slopes, since patients differ in depth and a temperature per bin would be a patient's.
 
-Axes: N cells, S leaves of one label axis, B bins, V levels of gene overlap, D bins of depth, C stored coverages.
+Axes: N cells, S leaves of one label axis, P patients, B bins, V levels of gene overlap, D bins of depth, C stored
+coverages, X conditions of a cell (log depth, overlap).
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
+from scipy.optimize import minimize
 from scipy.special import log_softmax
 
 Floats = NDArray[np.float32]
@@ -26,7 +28,11 @@ MIN_CELLS = 20
 MAX_GROUPS = 6
 """Groups of patients, each judged by what the others taught."""
 LOG_TEMPERATURE = (-1.5, 2.5)
-"""Where the logarithm of a temperature is sought."""
+"""Bounds of the logarithm of a temperature."""
+PATIENT_CELLS = 1000
+"""Cells (each is seen several times) with which a patient counts half as much as one with very many."""
+SLOPE_PENALTY = 1e-3
+"""Weight of the squared slopes, which without it would be free where cells do not differ in depth or overlap."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,22 +81,21 @@ class Calibration:
         cls,
         log_probability_NS: NDArray[np.floating],
         truth_N: NDArray[np.integer],
-        bin_N: NDArray[np.int64],
-        n_bins: int,
+        bins: Bins,
+        counts_N: NDArray[np.floating],
+        overlap_N: NDArray[np.floating],
         patient_N: NDArray[np.object_],
     ) -> Calibration:
-        """Fit on held-out cells whose leaf is known; ``patient_N`` says whose they are."""
-        everywhere = fit_temperature(log_probability_NS, truth_N)
-        own = [
-            fit_temperature(log_probability_NS[bin_N == b], truth_N[bin_N == b])
-            if (bin_N == b).sum() >= MIN_CELLS
-            else everywhere
-            for b in range(n_bins)
-        ]
-        temperature_B = np.array(own, np.float32)
+        """Fit on held-out cells whose leaf is known, with their counts over the panel and the share measured of it."""
+        bin_N = bins.of(counts_N, overlap_N)
+        condition_NX = np.stack([np.log1p(counts_N), overlap_N], axis=1)
+        cells_B = np.bincount(bin_N, minlength=bins.n)
+        sum_BX = np.stack([np.bincount(bin_N, x_N, minlength=bins.n) for x_N in condition_NX.T], axis=1)
+        at_BX = np.where(cells_B[:, None], sum_BX / cells_B.clip(1)[:, None], condition_NX.mean(0))
+        temperature_B = fit_temperature(log_probability_NS, truth_N, condition_NX, patient_N, at_BX)
         probability_NS = tempered(log_probability_NS, temperature_B[bin_N])
         score_N = set_scores(probability_NS)[np.arange(truth_N.size), truth_N]
-        scored = _Scored(score_N, truth_N, bin_N, (n_bins, log_probability_NS.shape[1]))
+        scored = _Scored(score_N, truth_N, bin_N, (bins.n, log_probability_NS.shape[1]))
         return cls(temperature_B, scored.thresholds(), _levels(scored, patient_N))
 
     def probability(self, log_probability_NS: NDArray[np.floating], bin_N: NDArray[np.int64]) -> Floats:
@@ -116,14 +121,41 @@ class Calibration:
         return held_NS
 
 
-def fit_temperature(log_probability_NS: NDArray[np.floating], truth_N: NDArray[np.integer]) -> float:
-    """Temperature with the best likelihood of the true leaves (Guo et al. 2017, arXiv:1706.04599)."""
+def fit_temperature(
+    log_probability_NS: NDArray[np.floating],
+    truth_N: NDArray[np.integer],
+    condition_NX: NDArray[np.floating],
+    patient_N: NDArray[np.object_],
+    at_BX: NDArray[np.floating],
+) -> Floats:
+    """Temperatures with the best likelihood of the true leaves (Guo et al. 2017, arXiv:1706.04599), at ``at_BX``.
 
-    def loss(log_temperature: float) -> float:
-        log_NS = log_softmax(log_probability_NS / np.exp(log_temperature), axis=1)
-        return -float(log_NS[np.arange(truth_N.size), truth_N].mean())
+    The logarithm of a cell's temperature is its patient's own plus a slope times each condition, and a new patient's
+    is the mean over the patients: what one large or deep patient has by itself is neither taken for the rule nor for
+    an effect of depth. The slopes are learned within patients, whose cells were thinned.
+    """
+    patients, code_N = np.unique(patient_N.astype(str), return_inverse=True)
+    n_P = np.bincount(code_N)
+    part_P = n_P / (n_P + PATIENT_CELLS)
+    part_P = part_P / part_P.sum()
+    weight_N, rows = (part_P / n_P)[code_N], np.arange(truth_N.size)
+    centre_X = condition_NX.mean(0)
+    centred_NX = condition_NX - centre_X
 
-    return float(np.exp(minimize_scalar(loss, bounds=LOG_TEMPERATURE, method="bounded").x))
+    def loss(values: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        own_P, slope_X = values[: patients.size], values[patients.size :]
+        scaled_NS = log_probability_NS * np.exp(-(own_P[code_N] + centred_NX @ slope_X))[:, None]
+        log_NS = log_softmax(scaled_NS, axis=1)
+        gradient_N = weight_N * (scaled_NS[rows, truth_N] - (np.exp(log_NS) * scaled_NS).sum(1))
+        total = -float(weight_N @ log_NS[rows, truth_N]) + SLOPE_PENALTY * float(slope_X @ slope_X)
+        of_slopes = gradient_N @ centred_NX + 2 * SLOPE_PENALTY * slope_X
+        return total, np.concatenate([np.bincount(code_N, gradient_N, minlength=patients.size), of_slopes])
+
+    bounds = [LOG_TEMPERATURE] * patients.size + [(-1.0, 1.0)] * centre_X.size
+    best = minimize(loss, np.zeros(len(bounds)), jac=True, method="L-BFGS-B", bounds=bounds).x
+    log_B = part_P @ best[: patients.size] + (at_BX - centre_X) @ best[patients.size :]
+    temperature_B: Floats = np.exp(log_B.clip(*LOG_TEMPERATURE)).astype(np.float32)
+    return temperature_B
 
 
 def tempered(log_probability_NS: NDArray[np.floating], temperature_N: NDArray[np.floating]) -> Floats:

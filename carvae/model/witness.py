@@ -195,8 +195,8 @@ def _fitted(known: HeldOut) -> tuple[Bins, Scale, dict[str, Calibration]]:
     for axis, truth_N in known.truth.items():
         sure = truth_N >= 0
         if sure.any():
-            log_NS, whose_N = known.log_probability[axis][sure], known.patient_N[sure]
-            calibration[axis] = Calibration.fit(log_NS, truth_N[sure], bin_N[sure], bins.n, whose_N)
+            conditions = known.counts_N[sure], known.overlap_N[sure], known.patient_N[sure]
+            calibration[axis] = Calibration.fit(known.log_probability[axis][sure], truth_N[sure], bins, *conditions)
     return bins, Scale.fit(known.view_NT, bin_N, bins.n), calibration
 
 
