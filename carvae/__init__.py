@@ -1,7 +1,7 @@
 """carvae: one latent space and one set of cell states over many CAR-T single-cell studies.
 
-The verbs of the command line are functions here: :func:`ingest`, :func:`train`, :func:`load`, :func:`embed`
-and :func:`annotate`, with :class:`Config` for their settings. Each is imported on first use, so that
+The verbs of the command line are functions here: :func:`ingest`, :func:`train`, :func:`load`, :func:`embed`,
+:func:`annotate` and :func:`map_query`, with :class:`Config` for their settings. Each is imported on first use, so that
 ``import carvae`` is instant and loads no torch.
 
 ``carvae.train`` and ``carvae.ingest`` are always the functions, although modules of the same names exist;
@@ -20,12 +20,13 @@ from carvae.errors import CarvaeError
 if TYPE_CHECKING:
     from carvae.config import Config
     from carvae.ingest import run as ingest
+    from carvae.map import map_query
     from carvae.model.bundle import load
     from carvae.predict import annotate, embed
     from carvae.train import run as train
 
 __version__ = "0.1.0"
-__all__ = ["CarvaeError", "Config", "__version__", "annotate", "embed", "ingest", "load", "train"]
+__all__ = ["CarvaeError", "Config", "__version__", "annotate", "embed", "ingest", "load", "map_query", "train"]
 
 _ON_FIRST_USE = {
     "Config": ("carvae.config", "Config"),
@@ -33,6 +34,7 @@ _ON_FIRST_USE = {
     "embed": ("carvae.predict", "embed"),
     "ingest": ("carvae.ingest", "run"),
     "load": ("carvae.model.bundle", "load"),
+    "map_query": ("carvae.map", "map_query"),
     "train": ("carvae.train", "run"),
 }
 

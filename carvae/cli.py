@@ -82,6 +82,21 @@ def plan(
     run(query, model, out, settings.plan, settings.predict, settings.seed)
 
 
+@app.command("map")
+def map_(
+    query: Query,
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder for the model with the new rows.")],
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+) -> None:
+    """Give a new sample's batches rows in the decoder, trained alone; embedding and states stay as they are."""
+    settings = _start(quiet, None, _only(overrides, "map.", "predict.", "seed="))
+    from carvae.map import run
+
+    run(query, model, out, settings.map, settings.predict, settings.seed)
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo"), quiet: Quiet = False

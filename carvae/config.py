@@ -225,6 +225,26 @@ class PlanConfig(Section):
     saturate as ``C (1 - exp(-reads / C))`` with C molecules per cell. Without it costs are in UMIs."""
 
 
+class MapConfig(Section):
+    """Rows for the batches of a new sample in the decoder's tables of covariates."""
+
+    obs: dict[str, str] = Field(default_factory=dict)
+    """Covariate (contract name) -> column of the query, for example ``assay: chemistry``; by default the contract's or
+    a customary name. The study is the file's name unless ``obs`` has a column ``study``."""
+    constants: dict[str, str] = Field(default_factory=dict)
+    """Covariate -> one value for the whole query, for example ``assay: 5' v2``."""
+    max_cells: int = Field(20_000, ge=1)
+    """Cells taken of the query, evenly over its samples; bounds memory and time."""
+    held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    """Share of each sample's cells that is held out to tell whether the rows help; they are then trained on all."""
+    max_epochs: int = Field(20, ge=1)
+    """Passes over the cells (more on small queries, see `mapping.MIN_STEPS`)."""
+    batch_size: int = Field(256, ge=1)
+    """Cells per minibatch."""
+    lr: float = Field(0.03, gt=0)
+    """Peak learning rate of Adam (cosine schedule)."""
+
+
 class Config(Section):
     """All settings of a run."""
 
@@ -238,6 +258,7 @@ class Config(Section):
     train: TrainConfig = Field(default_factory=TrainConfig)
     predict: PredictConfig = Field(default_factory=PredictConfig)
     plan: PlanConfig = Field(default_factory=PlanConfig)
+    map: MapConfig = Field(default_factory=MapConfig)
 
     @model_validator(mode="after")
     def _covariates_are_contract_names(self) -> Config:

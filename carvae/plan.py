@@ -12,9 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,45 +21,15 @@ from numpy.typing import NDArray
 
 from carvae.config import PlanConfig, PredictConfig
 from carvae.data.atomic import replacing_file
-from carvae.data.genes import GeneTable
-from carvae.data.readers import CountsSource, open_samples
-from carvae.data.schema import query_samples
+from carvae.data.readers import open_samples
 from carvae.errors import BundleError, ConfigError, CountsError
-from carvae.model.bundle import Bundle, load
+from carvae.model.bundle import load
+from carvae.model.query import UNKNOWN, Calls, Query, Samples, calls, order_within, read
 
 log = logging.getLogger(__name__)
 
-UNKNOWN = -1
 TABLE, PLOT = "plan.csv", "plan.png"
 NEAR = 1.3  # depths nearer to each other than by this factor share one tick of the plot
-
-
-@dataclass(frozen=True, slots=True)
-class Query:
-    """The cells that the designs are tried on."""
-
-    panel: sp.csr_matrix
-    """Counts over the model's genes, [N, G]."""
-    total_N: NDArray[np.int64]
-    """Counts over all genes."""
-    sample_N: NDArray[np.intp]
-    samples: tuple[str, ...]
-    present_G: NDArray[np.bool_]
-    """The model's genes that all sources measured."""
-
-    def depth_B(self) -> NDArray[np.float64]:
-        """Mean counts per cell of each sample."""
-        n_B = np.bincount(self.sample_N, minlength=len(self.samples))
-        return np.bincount(self.sample_N, weights=self.total_N, minlength=len(self.samples)) / n_B
-
-
-@dataclass(frozen=True, slots=True)
-class Calls:
-    """What the model says of each cell."""
-
-    label_N: NDArray[np.intp]
-    """`UNKNOWN` where the counts are too few, or the cell is unlike what the model knows."""
-    confidence_N: NDArray[np.float32]
 
 
 def run(query: Path, model: Path, out: Path, config: PlanConfig, predict: PredictConfig, seed: int = 0) -> Path:
@@ -78,8 +46,11 @@ def run(query: Path, model: Path, out: Path, config: PlanConfig, predict: Predic
     if bundle.tree is None:
         raise BundleError("this model was trained without labels, so there is no composition to plan for")
     rng = np.random.default_rng(seed)
-    cells = read(query, bundle, config, predict, rng)
-    table = designs(cells, lambda panel: call(panel, bundle, predict, cells.present_G), config, rng)
+    sources = open_samples(query, counts=predict.counts)
+    samples = Samples.of(sources, predict.sample)
+    cells = read(sources, bundle, predict, samples, samples.evenly(config.max_cells, rng))
+    main = bundle.axes[0]
+    table = designs(cells, lambda panel: calls(panel, bundle, predict, cells.present_G)[main], config, rng)
     chosen = cheapest(table, config.max_error)
     out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -89,54 +60,6 @@ def run(query: Path, model: Path, out: Path, config: PlanConfig, predict: Predic
     log.info("%s", sentence(table, chosen, config))
     log.info("wrote %s and %s", out / TABLE, out / PLOT)
     return out
-
-
-def read(query: Path, bundle: Bundle, config: PlanConfig, predict: PredictConfig, rng: np.random.Generator) -> Query:
-    """At most ``plan.max_cells`` cells, evenly over the samples."""
-    sources = open_samples(query, counts=predict.counts)
-    names = np.concatenate([query_samples(source.obs, source.name, predict.sample)[0] for source in sources])
-    sample_N, samples = pd.factorize(names, sort=True)
-    order_N = _order_within(sample_N, rng)
-    taken_N = order_N < max(1, config.max_cells // len(samples))
-    if not taken_N.all():
-        log.info("%s of %s cells are taken, evenly over the samples", f"{taken_N.sum():,}", f"{len(taken_N):,}")
-    panels, totals, first = [], [], 0
-    present_G = np.ones(len(bundle.genes), np.bool_)
-    for source in sources:
-        own = taken_N[first : first + source.n_cells]
-        panel, total, present = _read_source(source, bundle, predict, own)
-        panels.append(panel)
-        totals.append(total)
-        present_G &= present
-        first += source.n_cells
-    panel, total_N = sp.vstack(panels, format="csr"), np.concatenate(totals)
-    return Query(panel, total_N, sample_N[taken_N], tuple(map(str, samples)), present_G)
-
-
-def _read_source(
-    source: CountsSource, bundle: Bundle, predict: PredictConfig, taken_N: NDArray[np.bool_]
-) -> tuple[sp.csr_matrix, NDArray[np.int64], NDArray[np.bool_]]:
-    resolved = GeneTable.default().resolve(source.genes, source.gene_ids)
-    alignment = bundle.align(resolved, predict.min_overlap)
-    log.info("%s: %s", source.name, alignment.receipt.sentence())
-    panels, totals, first = [], [], 0
-    for block in source.blocks(predict.chunk_size):
-        own = taken_N[first : first + len(block.total_N)]
-        panels.append(alignment.apply(block.counts)[own])
-        totals.append(block.total_N[own])
-        first += len(block.total_N)
-    return sp.vstack(panels, format="csr"), np.concatenate(totals), alignment.present
-
-
-def call(panel: sp.csr_matrix, bundle: Bundle, predict: PredictConfig, present_G: NDArray[np.bool_]) -> Calls:
-    """Labels on the model's main axis, as `carvae annotate` gives them."""
-    known_N = np.asarray(panel.sum(axis=1)).ravel() >= predict.min_counts
-    if bundle.trust is None:
-        probability_NS = bundle.network.predict(panel, predict.precision).probability_NS[bundle.axes[0]]
-    else:
-        judged = bundle.trust.judge(bundle.network, panel, present_G)
-        probability_NS, known_N = judged.probability_NS[bundle.axes[0]], known_N & ~bundle.trust.unknown(judged)
-    return Calls(np.where(known_N, probability_NS.argmax(1), UNKNOWN), probability_NS.max(1))
 
 
 def designs(
@@ -197,12 +120,12 @@ def _tried(
     errors = np.empty((draws, len(sizes), len(cells.samples)))
     others: list[list[tuple[float, float, float]]] = [[] for _ in sizes]
     for draw_number in range(draws):
-        calls = full if share_B.min() == 1 else calls_of(thinned(cells, share_B, rng))
-        order_N = _order_within(cells.sample_N, rng)
+        said = full if share_B.min() == 1 else calls_of(thinned(cells, share_B, rng))
+        order_N = order_within(cells.sample_N, rng)
         for i, size in enumerate(sizes):
             taken_N = order_N < size
-            errors[draw_number, i] = distance(composition(cells, calls.label_N, taken_N), whole_BS)
-            others[i].append(_compared(calls, full, taken_N))
+            errors[draw_number, i] = distance(composition(cells, said.label_N, taken_N), whole_BS)
+            others[i].append(_compared(said, full, taken_N))
     median = np.median(errors, axis=0)
     found = []
     for i in range(len(sizes)):
@@ -326,13 +249,3 @@ def draw(table: pd.DataFrame, chosen: int, config: PlanConfig, path: Path) -> No
         axes.minorticks_off()
     right.legend(fontsize="small")
     figure.savefig(path, dpi=150)
-
-
-def _order_within(sample_N: NDArray[np.intp], rng: np.random.Generator) -> NDArray[np.intp]:
-    """Each cell's place in a random order of its sample's cells."""
-    shuffled = rng.permutation(len(sample_N))
-    by_sample = shuffled[np.argsort(sample_N[shuffled], kind="stable")]
-    first_B = np.cumsum(np.bincount(sample_N)) - np.bincount(sample_N)
-    order_N: NDArray[Any] = np.empty(len(sample_N), np.intp)
-    order_N[by_sample] = np.arange(len(sample_N)) - first_B[sample_N[by_sample]]
-    return order_N

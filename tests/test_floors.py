@@ -23,7 +23,7 @@ FLOOR = {
     "config": 1,
     **dict.fromkeys(("data", "labels"), 2),
     "model": 3,
-    **dict.fromkeys(("ingest", "train", "predict", "report"), 4),
+    **dict.fromkeys(("ingest", "train", "predict", "map", "report"), 4),
     **dict.fromkeys(("demo", "evaluate", "app", "plan"), 5),
     "cli": 6,
     "__main__": 7,

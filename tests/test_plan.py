@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from trained import World, carvae
 
 from carvae.config import Config, PlanConfig, PredictConfig
+from carvae.data.readers import open_samples
 from carvae.errors import ConfigError, CountsError
 from carvae.model.bundle import load
-from carvae.plan import UNKNOWN, Calls, Query, cheapest, composition, designs, distance, read, saturation, thinned
+from carvae.model.query import UNKNOWN, Calls, Query, Samples, read
+from carvae.plan import cheapest, composition, designs, distance, saturation, thinned
 
 
 def query(n_cells: int = 4000, depth: float = 200.0, seed: int = 0) -> Query:
@@ -27,7 +29,7 @@ def query(n_cells: int = 4000, depth: float = 200.0, seed: int = 0) -> Query:
     mean = depth * np.where(kind_N[:, None], [0.6, 0.2], [0.2, 0.6])
     panel = sp.csr_matrix(rng.poisson(mean))
     total_N = np.asarray(panel.sum(axis=1)).ravel() + rng.poisson(depth * 0.2, n_cells)
-    return Query(panel, total_N, sample_N, ("a", "b"), np.ones(2, np.bool_))
+    return Query(panel, total_N, sample_N, ("a", "b"), np.ones(2, np.bool_), panel[:, :0], np.ones(0, np.bool_))
 
 
 def calls_of(panel: sp.csr_matrix) -> Calls:
@@ -101,8 +103,10 @@ def test_the_cheapest_is_within_the_error() -> None:
 
 
 def test_cells_are_taken_evenly_over_the_samples(world: World) -> None:
-    settings = PlanConfig(max_cells=20)
-    cells = read(world.query_path, load(world.bundle), settings, PredictConfig(), np.random.default_rng(0))
+    sources = open_samples(world.query_path)
+    samples = Samples.of(sources, None)
+    taken_N = samples.evenly(20, np.random.default_rng(0))
+    cells = read(sources, load(world.bundle), PredictConfig(), samples, taken_N)
     assert set(np.bincount(cells.sample_N)) == {20 // len(cells.samples)}
     assert cells.panel.shape == (len(cells.total_N), len(load(world.bundle).genes))
 

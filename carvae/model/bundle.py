@@ -2,7 +2,7 @@
 
 ``weights.safetensors``, ``card.md`` and ``metrics.json`` are hashed in ``model.json``, which also bears its own hash
 (taken with the hash's place filled by zeros). No covariate value, patient or path is in it: categories are counted,
-not named.
+not named, and those that `carvae map` adds are told again by a salted digest.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,7 @@ from carvae.model.trust import PREFIX, Trust
 if TYPE_CHECKING:
     from anndata import AnnData
 
-FORMAT = 2
+FORMAT = 3
 """Version of the bundle's layout. Older layouts stay loadable; a newer one is refused by name."""
 FILES = ("weights.safetensors", "card.md", "metrics.json")
 NO_HASH = "0" * 64
@@ -86,6 +87,38 @@ class Bundle:
     card: str = ""
     bundle_id: str = ""
     """Start of the hash of model.json; set by `save` and `load`."""
+    mapped: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Covariate -> digests of the names of the categories that `carvae map` added, in the order of their rows."""
+
+    @property
+    def n_rows(self) -> dict[str, int]:
+        """Covariate -> number of categories that it has a row for, trained and mapped."""
+        return {name: n + len(self.mapped.get(name, ())) for name, n in self.n_categories.items()}
+
+    def digest(self, covariate: str, name: str) -> str:
+        """What stands for a category's name in a bundle: slow to make, so that guessing names is dear."""
+        salt = f"{self.provenance.data_fingerprint}/{covariate}".encode()
+        return hashlib.scrypt(name.encode(), salt=salt, n=2**14, r=8, p=1, dklen=16).hex()
+
+    def rows_of(self, covariate: str, names: Iterable[object]) -> NDArray[np.int64]:
+        """Row of each category in the covariate's table: that of a mapped name, -1 for any other name.
+
+        Names of training categories are not in a bundle, so that their rows are found by nobody.
+
+        Raises
+        ------
+        BundleError
+            The model has no such covariate.
+        """
+        if covariate not in self.n_categories:
+            raise BundleError(
+                f"the model has no covariate {covariate!r}; it has {', '.join(self.n_categories) or 'none'}"
+            )
+        first, known = self.n_categories[covariate], self.mapped.get(covariate, ())
+        code_N, values = pd.factorize(np.array([str(name) for name in names], dtype=object))
+        digests = [self.digest(covariate, str(value)) for value in values] if known else []
+        row_V = [first + known.index(digest) if digest in known else -1 for digest in digests] or [-1] * len(values)
+        return np.array(row_V, np.int64)[code_N]
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -162,6 +195,7 @@ class Bundle:
             "tree": None if self.tree is None else self.tree.to_dict(),
             "signatures": self.signatures.to_dict(),
             "covariates": self.n_categories,
+            "mapped": {name: list(digests) for name, digests in self.mapped.items()},
             "gene_policy": list(self.gene_policy),
             "provenance": asdict(self.provenance),
             "trust": None if self.trust is None else self.trust.describe(),
@@ -184,8 +218,9 @@ def load(path: Path | str, device: str = "auto") -> Bundle:
         tree = None if spec["tree"] is None else LabelTree.from_dict(spec["tree"])
         weights = _checked(load_file(path / FILES[0]))
         known = {name: weights.pop(name) for name in [*weights] if name.startswith(PREFIX)}
+        mapped = {str(name): tuple(map(str, digests)) for name, digests in spec.get("mapped", {}).items()}
         bundle = Bundle(
-            network=_network(weights, len(spec["genes"]), spec["covariates"], tree, config),
+            network=_network(weights, len(spec["genes"]), (spec["covariates"], mapped), tree, config),
             trust=Trust.read(spec["trust"], known).checked(len(spec["genes"]), config, tree)
             if spec.get("trust")
             else None,
@@ -199,6 +234,7 @@ def load(path: Path | str, device: str = "auto") -> Bundle:
             metrics=json.loads((path / "metrics.json").read_text(encoding="utf-8")),
             card=(path / "card.md").read_text(encoding="utf-8"),
             bundle_id=own_hash[:12],
+            mapped=mapped,
         )
     except BundleError as error:
         raise BundleError(f"bundle {path}: {error}") from None
@@ -254,7 +290,7 @@ def _checked(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _network(
     weights: dict[str, torch.Tensor],
     n_genes: int,
-    n_categories: dict[str, int],
+    categories: tuple[dict[str, int], dict[str, tuple[str, ...]]],
     tree: LabelTree | None,
     config: ModelConfig,
 ) -> Network:
@@ -267,7 +303,9 @@ def _network(
         if len(parts[axis.name]) != len(axis.leaves):
             raise BundleError(f"axis {axis.name!r} has {len(axis.leaves)} labels and weights for another number")
     with torch.device("meta"):
-        network = Network(n_genes, n_categories, parts, config)
+        trained, mapped = categories
+        network = Network(n_genes, trained, parts, config)
+        network.vae.decoder.add_rows({name: torch.empty(len(d), config.n_hidden) for name, d in mapped.items()})
     network.load_state_dict(weights, assign=True)
     return network
 

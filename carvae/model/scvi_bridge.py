@@ -69,7 +69,7 @@ def to_scvi(bundle: Bundle, adata: AnnData, covariates: Mapping[str, str] | None
         Covariate of the model -> column of ``adata.obs`` that holds its category: an integer code from 0, or -1
         where unknown; or a pandas Categorical with exactly the model's categories in their training order (sorted by
         name, if training read them from names), NaN where unknown. A bundle keeps no names of categories. Cells are
-        of unknown category in covariates that are not given.
+        of unknown category in covariates that are not given. `Bundle.rows_of` gives the codes of what was mapped.
 
     Returns
     -------
@@ -84,7 +84,7 @@ def to_scvi(bundle: Bundle, adata: AnnData, covariates: Mapping[str, str] | None
     GeneError, CountsError
         The cells do not fit; see `carvae.predict`.
     """
-    columns = _category_columns(bundle.n_categories, adata.obs, covariates or {})
+    columns = _category_columns(bundle.n_rows, adata.obs, covariates or {})
     from scvi.model import SCVI
 
     cells = _panel_cells(bundle, adata, columns)
@@ -223,10 +223,9 @@ def _same(layers: nn.ModuleList | range, zinb: bool) -> Iterator[tuple[str, str]
 def _tables(vae: CellVAE, with_unknown: Mapping[str, bool]) -> dict[str, Tensor]:
     """Rows of each covariate, with their mean below them where cells of unknown category need it."""
     tables = {}
-    for name, table in vae.decoder.tables.items():
-        rows_CH = table.get_parameter("weight").detach().cpu()
-        mean_H = rows_CH.mean(0, keepdim=True)
-        tables[name] = torch.cat([rows_CH, mean_H]) if with_unknown.get(name) else rows_CH
+    for name, table_CH in vae.decoder.rows().items():
+        rows_CH, mean_H = table_CH.detach().cpu(), vae.decoder.mean_row(name).detach().cpu()
+        tables[name] = torch.cat([rows_CH, mean_H[None]]) if with_unknown.get(name) else rows_CH
     return tables
 
 

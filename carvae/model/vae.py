@@ -134,24 +134,42 @@ class Decoder(nn.Module):
         self.tables = nn.ModuleDict({name: nn.Embedding(n, config.n_hidden) for name, n in n_categories.items()})
         for table in self.tables.values():  # at zero, so that a row that is never trained says nothing
             nn.init.zeros_(table.weight)  # type: ignore[arg-type]
+        self.n_trained = dict(n_categories)
         self.layers = nn.ModuleList(nn.Linear(config.n_hidden, config.n_hidden) for _ in range(config.n_layers - 1))
         self.scale = nn.Linear(config.n_hidden, n_genes)
         self.zero = nn.Linear(config.n_hidden, n_genes) if config.gene_likelihood == "zinb" else None
 
-    def hidden(self, z_NK: Tensor, covariate_NC: Tensor) -> Tensor:
-        """Last hidden layer [N, H]. A covariate of -1 (unknown) adds the mean of its table."""
+    def hidden(self, z_NK: Tensor, covariate_NC: Tensor, rows: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Last hidden layer [N, H]. A covariate of -1 (unknown) adds the mean of its table's trained rows.
+
+        ``rows`` are used in place of the tables; the first of each are the trained ones.
+        """
         hidden_NH = self.first(z_NK)
-        for c, table in enumerate(self.tables.values()):
-            hidden_NH = hidden_NH + _rows(table.weight, covariate_NC[:, c])  # type: ignore[arg-type]
+        for c, (name, rows_CH) in enumerate((self.rows() if rows is None else rows).items()):
+            hidden_NH = hidden_NH + _rows(rows_CH, covariate_NC[:, c], self.n_trained[name])
         hidden_NH = functional.layer_norm(hidden_NH, hidden_NH.shape[1:]).relu()
         for layer in self.layers:
             hidden_NH = functional.layer_norm(layer(hidden_NH), hidden_NH.shape[1:]).relu()
         return hidden_NH
 
+    def rows(self) -> dict[str, Tensor]:
+        """Covariate -> all rows of its table, [C, H]."""
+        return {name: table.get_parameter("weight") for name, table in self.tables.items()}
 
-def _rows(table_CH: Tensor, code_N: Tensor) -> Tensor:
+    def mean_row(self, name: str) -> Tensor:
+        """What an unknown category adds, [H]: the mean of the trained rows, which rows added later leave as it is."""
+        return self.rows()[name][: self.n_trained[name]].mean(0)
+
+    def add_rows(self, added: Mapping[str, Tensor]) -> None:
+        """Put rows [A, H] below those of some tables, for batches that were not trained on."""
+        for name, added_AH in added.items():
+            rows_CH = torch.cat([self.rows()[name].detach(), added_AH.detach()])
+            self.tables[name] = nn.Embedding(len(rows_CH), rows_CH.shape[1], _weight=rows_CH)
+
+
+def _rows(table_CH: Tensor, code_N: Tensor, n_trained: int) -> Tensor:
     rows_NH = functional.embedding(code_N.clamp(min=0), table_CH)
-    return torch.where(code_N[:, None] >= 0, rows_NH, table_CH.mean(0))
+    return torch.where(code_N[:, None] >= 0, rows_NH, table_CH[:n_trained].mean(0))
 
 
 class CellVAE(nn.Module):
