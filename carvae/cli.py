@@ -98,6 +98,21 @@ def map_(
 
 
 @app.command()
+def explain(
+    query: Query,
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder for genes.csv, cells.csv, markers.csv and markers.png.")],
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+) -> None:
+    """Say which genes speak for the states that a sample's cells are called, and show marker genes by state."""
+    settings = _start(quiet, None, _only(overrides, "explain.", "predict.", "seed="))
+    from carvae.explain import run
+
+    run(query, model, out, settings.explain, settings.predict, settings.seed)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo"), quiet: Quiet = False
 ) -> None:

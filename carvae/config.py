@@ -237,12 +237,21 @@ class MapConfig(Section):
     """Cells taken of the query, evenly over its samples; bounds memory and time."""
     held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     """Share of each sample's cells that is held out to tell whether the rows help; they are then trained on all."""
-    max_epochs: int = Field(20, ge=1)
-    """Passes over the cells (more on small queries, see `mapping.MIN_STEPS`)."""
-    batch_size: int = Field(256, ge=1)
-    """Cells per minibatch."""
-    lr: float = Field(0.03, gt=0)
-    """Peak learning rate of Adam (cosine schedule)."""
+
+
+class ExplainConfig(Section):
+    """Genes that speak for the states that were called, and marker genes by state."""
+
+    max_cells: int = Field(5000, ge=1)
+    """Cells taken of the query, evenly over its samples; bounds memory and time."""
+    n_genes: int = Field(50, ge=1)
+    """Genes listed for every state, and for every cell that is asked for."""
+    barcodes: tuple[str, ...] = ()
+    """Cells to explain one by one, whether they were taken or not."""
+    label: str | None = None
+    """Column of the query with the author's labels, shown beside the states that were called."""
+    markers: str = "markers"
+    """Marker genes in groups: packaged name, or path to a YAML file in the format of the signatures."""
 
 
 class Config(Section):
@@ -259,6 +268,7 @@ class Config(Section):
     predict: PredictConfig = Field(default_factory=PredictConfig)
     plan: PlanConfig = Field(default_factory=PlanConfig)
     map: MapConfig = Field(default_factory=MapConfig)
+    explain: ExplainConfig = Field(default_factory=ExplainConfig)
 
     @model_validator(mode="after")
     def _covariates_are_contract_names(self) -> Config:

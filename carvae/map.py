@@ -121,7 +121,7 @@ def _mapped(query: Path | AnnData, bundle: Bundle, config: MapConfig, predict: P
     read_in = read(sources, bundle, predict, samples, taken_N)
     cells = Cells(read_in.panel, ~read_in.present_G, batches.code_NC[taken_N])
     held_N = _held_out(read_in.sample_N, config.held_out, rng)
-    fit = RowFit(bundle.network, {name: len(names) for name, names in batches.new.items()}, config)
+    fit = RowFit(bundle.network, {name: len(names) for name, names in batches.new.items()})
     found = _measured(fit, cells, held_N, read_in, seed)
     gain, error = float(found.gain_N.mean()), float(found.gain_N.std(ddof=1) / np.sqrt(found.gain_N.size))
     helped = gain > SURE * error

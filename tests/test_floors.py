@@ -24,7 +24,7 @@ FLOOR = {
     **dict.fromkeys(("data", "labels"), 2),
     "model": 3,
     **dict.fromkeys(("ingest", "train", "predict", "map", "report"), 4),
-    **dict.fromkeys(("demo", "evaluate", "app", "plan"), 5),
+    **dict.fromkeys(("demo", "evaluate", "app", "plan", "explain"), 5),
     "cli": 6,
     "__main__": 7,
 }
@@ -36,6 +36,7 @@ ONLY_IN = {
     "wandb": {"model/trainer.py"},
     "scvi": {"model/scvi_bridge.py"},
     "scib_metrics": {"evaluate.py"},
+    "captum": {"model/attribution.py"},
     "celltypist": {"evaluate.py"},
 }
 EXECUTING_MODULES = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}

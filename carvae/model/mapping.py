@@ -22,15 +22,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from carvae.config import MapConfig
 from carvae.data.sparse import CountsCSR
 from carvae.model.fused import Target
 from carvae.model.likelihood import reconstruction
 from carvae.model.network import CELLS_PER_PASS, Network
 from carvae.model.vae import Posterior
 
+MAX_EPOCHS = 20
+"""Passes over the cells; more where they make fewer steps than the next."""
 MIN_STEPS = 300
 """Steps of the optimiser at least."""
+BATCH_SIZE = 256
+"""Cells per minibatch."""
+LEARNING_RATE = 0.03
+"""Peak of Adam's, on a cosine schedule."""
 PRIOR_VARIANCE = 0.1
 """Variance of a row's entries where a model has no table with several rows; CARPALL's samples have 0.09 to 0.11."""
 DRAWS = 4
@@ -62,12 +67,10 @@ class RowFit:
         Not changed.
     n_new
         Covariate -> number of new rows.
-    config
-        Steps and learning rate.
     """
 
-    def __init__(self, network: Network, n_new: Mapping[str, int], config: MapConfig) -> None:
-        self.network, self.config, self.n_new = network.eval(), config, dict(n_new)
+    def __init__(self, network: Network, n_new: Mapping[str, int]) -> None:
+        self.network, self.n_new = network.eval(), dict(n_new)
         self.device = network.vae.log_theta_G.device
         self.variance = prior_variance(network)
 
@@ -78,14 +81,14 @@ class RowFit:
         delta = {name: torch.zeros(a, width, device=self.device, requires_grad=True) for name, a in self.n_new.items()}
         posterior = self._posterior(cells.panel)
         rng, noise = np.random.default_rng(seed), torch.Generator(self.device).manual_seed(seed)
-        steps = max(MIN_STEPS, self.config.max_epochs * math.ceil(n / self.config.batch_size))
-        optimizer = torch.optim.Adam(delta.values(), lr=self.config.lr)
+        steps = max(MIN_STEPS, MAX_EPOCHS * math.ceil(n / BATCH_SIZE))
+        optimizer = torch.optim.Adam(delta.values(), lr=LEARNING_RATE)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         order_N = np.empty(0, np.int64)
         for _ in range(steps):
             if not order_N.size:
                 order_N = rng.permutation(n)
-            row_N, order_N = order_N[: self.config.batch_size], order_N[self.config.batch_size :]
+            row_N, order_N = order_N[:BATCH_SIZE], order_N[BATCH_SIZE:]
             part = Posterior(posterior.mean_NK[row_N], posterior.variance_NK[row_N])
             prior = torch.stack([d.square().sum() / (2 * self.variance[name]) for name, d in delta.items()]).sum()
             rows = self._tables({name: decoder.mean_row(name).detach() + d for name, d in delta.items()})

@@ -102,7 +102,7 @@ class Encoder(nn.Module):
 
     def hidden(self, counts: CountsCSR) -> Tensor:
         """Last hidden layer [N, H]."""
-        return self._later_layers(self.first(counts))
+        return self.later_layers(self.first(counts))
 
     def posterior(self, hidden_NH: Tensor) -> Posterior:
         """Posterior of each cell, from the last hidden layer."""
@@ -112,9 +112,10 @@ class Encoder(nn.Module):
 
     def mean_of(self, counts: CountsCSR, dtype: torch.dtype) -> Tensor:
         """Posterior mean [N, K] alone, the first layer's product in ``dtype``; without gradient."""
-        return self.mean(self._later_layers(self.first.product(counts, dtype)))  # type: ignore[no-any-return]
+        return self.mean(self.later_layers(self.first.product(counts, dtype)))  # type: ignore[no-any-return]
 
-    def _later_layers(self, hidden_NH: Tensor) -> Tensor:
+    def later_layers(self, hidden_NH: Tensor) -> Tensor:
+        """Last hidden layer [N, H], from what the first layer gives."""
         hidden_NH = self._activate(hidden_NH)
         for layer in self.layers:
             hidden_NH = self._activate(layer(hidden_NH))

@@ -1,0 +1,325 @@
+"""Which genes speak for a call, per state and per cell, and marker genes by state: tables and a picture.
+
+Axes: N cells, G genes of the model, E marker genes, S states.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from carvae.config import ExplainConfig, PredictConfig, label_file
+from carvae.data.atomic import replacing_file
+from carvae.data.readers import CountsSource, open_samples
+from carvae.errors import BundleError, ConfigError, CountsError, SchemaError
+from carvae.labels.axis import RESERVED
+from carvae.labels.signatures import Signatures
+from carvae.model.attribution import Attribution, Baseline, attribute, baseline
+from carvae.model.bundle import Bundle, load
+from carvae.model.query import UNKNOWN, Query, Samples, calls, read
+
+log = logging.getLogger(__name__)
+
+GENES, CELLS, MARKERS, PLOT, MISSING = "genes.csv", "cells.csv", "markers.csv", "markers.png", "missing.csv"
+CELLS_AT_A_TIME = 256
+MIN_CELLS = 5
+"""Cells of a state without which it is no part of the baseline."""
+REST = "(all other genes)"
+PREDICTED, AUTHOR = "predicted", "author"
+NO_AUTHOR = "(none)"
+"""Where the author's column is empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """The cells that are looked at."""
+
+    query: Query
+    barcode_N: NDArray[np.object_]
+    author_N: NDArray[np.object_] | None
+    """Author's label of each cell."""
+    asked_N: NDArray[np.bool_]
+    """Cells to explain one by one."""
+    drawn_N: NDArray[np.bool_]
+    """Cells of the tables by state."""
+    markers: tuple[str, ...]
+
+
+def run(query: Path, model: Path, out: Path, config: ExplainConfig, predict: PredictConfig, seed: int = 0) -> Path:
+    """Explain the calls of a query; write tables and a picture to the folder ``out``, and return it.
+
+    ``genes.csv``
+        Per state of each label axis the genes that add most to its log-odds (see `model.attribution`), the mean over
+        the cells that were called it, from the mean of all states to the cell.
+    ``cells.csv``
+        The same of each cell of ``explain.barcodes``; the terms of a cell add up to the change of its log-odds.
+    ``markers.csv``, ``markers.png``
+        Mean log1p(CP10k) of marker genes, and the share of cells with a count, by state and by the author's label.
+    ``missing.csv``
+        Genes of the model, and markers, that the query does not have.
+
+    Raises
+    ------
+    CarvaeError
+        The query, the model or a setting cannot be used; nothing is written then.
+    """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {str(out)!r} is a file; explain writes tables and a picture into a folder")
+    bundle = load(model)
+    if bundle.tree is None:
+        raise BundleError("this model was trained without labels, so there are no calls to explain")
+    panels = Signatures.read(label_file(config.markers)).items
+    cells = _read(query, bundle, config, predict, tuple(dict.fromkeys(g for p in panels for g in p.genes)), seed)
+    states, singles = _explained(bundle, cells, config, predict)
+    called_N = _called(bundle, cells, predict)
+    table = marker_table(cells, called_N, [*bundle.tree[bundle.axes[0]].leaves, RESERVED])
+    out.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        names = [GENES, *([CELLS] if config.barcodes else []), MARKERS, MISSING, PLOT]
+        place = {name: stack.enter_context(replacing_file(out / name)) for name in names}
+        states.to_csv(place[GENES], index=False)
+        if config.barcodes:
+            singles.to_csv(place[CELLS], index=False)
+        table.to_csv(place[MARKERS], index=False)
+        _missing(bundle, cells).to_csv(place[MISSING], index=False)
+        draw(table, [(p.name, p.genes) for p in panels], place[PLOT])
+    log.info("wrote %s to %s", ", ".join(names), out)
+    return out
+
+
+def _read(
+    query: Path, bundle: Bundle, config: ExplainConfig, predict: PredictConfig, markers: tuple[str, ...], seed: int
+) -> Read:
+    sources = open_samples(query, counts=predict.counts)
+    samples = Samples.of(sources, predict.sample)
+    barcode_N = np.concatenate([source.cells.names() for source in sources]).astype(str).astype(object)
+    asked_N = np.isin(barcode_N, list(config.barcodes))
+    if absent := [name for name in config.barcodes if name not in set(barcode_N[asked_N])]:
+        raise ConfigError(
+            f"explain.barcodes names {absent[0]!r}{f' and {len(absent) - 1} more' if absent[1:] else ''}, and no cell "
+            f"of the query is called that; its first is {barcode_N[0]!r}"
+        )
+    author_N = None if config.label is None else _author(sources, config.label)
+    drawn_N = samples.evenly(config.max_cells, np.random.default_rng(seed))
+    taken_N = drawn_N | asked_N
+    return Read(
+        query=read(sources, bundle, predict, samples, taken_N, markers),
+        barcode_N=barcode_N[taken_N],
+        author_N=None if author_N is None else author_N[taken_N],
+        asked_N=asked_N[taken_N],
+        drawn_N=drawn_N[taken_N],
+        markers=markers,
+    )
+
+
+def _author(sources: Sequence[CountsSource], column: str) -> NDArray[np.object_]:
+    found = []
+    for source in sources:
+        obs = source.obs
+        if column not in obs:
+            raise SchemaError(
+                f"{source.name} has no column {column!r} for explain.label; it has {', '.join(map(str, obs.columns))}"
+            )
+        found.append(obs[column].astype("string").fillna(NO_AUTHOR).to_numpy(dtype=object))
+    return np.concatenate(found)
+
+
+def _called(bundle: Bundle, cells: Read, predict: PredictConfig) -> NDArray[np.object_]:
+    """State of each cell on the main axis, or `RESERVED`."""
+    assert bundle.tree is not None
+    main = bundle.axes[0]
+    label_N = calls(cells.query.panel, bundle, predict, cells.query.present_G)[main].label_N
+    return np.array([*bundle.tree[main].leaves, RESERVED], dtype=object)[label_N]  # unknown is -1, the last
+
+
+def _explained(
+    bundle: Bundle, cells: Read, config: ExplainConfig, predict: PredictConfig
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The tables of states and of single cells."""
+    assert bundle.tree is not None
+    panel = cells.query.panel
+    said = calls(panel, bundle, predict, cells.query.present_G)
+    best = {axis: p_NS.argmax(1) for axis, p_NS in bundle.network.predict(panel).probability_NS.items()}
+    states, singles, errors = [], [], [np.zeros(0)]
+    for axis in bundle.axes:
+        label_N, leaves = np.where(cells.drawn_N, said[axis].label_N, UNKNOWN), bundle.tree[axis].leaves
+        if (label_N == UNKNOWN).all():
+            raise CountsError(
+                "every cell of the query is unknown to the model, so there is no call to explain; look at what `carvae "
+                "annotate` says of it, or lower predict.min_counts"
+            )
+        start = baseline(panel, label_N, MIN_CELLS)
+        sums = _Sums.empty(len(leaves), panel.shape[1])
+        for part, rows in _attributed(bundle, cells, start, axis, best[axis]):
+            sums.add(part, label_N[rows])
+            errors.append(np.abs(part.error()))
+            for i in np.flatnonzero(cells.asked_N[rows]).tolist():
+                row, leaf = int(rows[i]), leaves[best[axis][rows[i]]]
+                singles.append(_cell_table(bundle, cells, part, i, row, config.n_genes).assign(axis=axis, state=leaf))
+        states.append(_state_table(bundle, cells, sums, label_N, axis, config.n_genes))
+    error_N = np.concatenate(errors)
+    log.info(
+        "genes add up to the change of the log-odds within %.1g in half of the cells, %.1g in all",
+        np.median(error_N),
+        error_N.max(),
+    )
+    return pd.concat(states, ignore_index=True), pd.concat([pd.DataFrame(), *singles], ignore_index=True)
+
+
+def _attributed(
+    bundle: Bundle, cells: Read, start: Baseline, axis: str, leaf_N: NDArray[np.intp]
+) -> Iterator[tuple[Attribution, NDArray[np.intp]]]:
+    """Some cells at a time, with their places."""
+    for first in range(0, len(leaf_N), CELLS_AT_A_TIME):
+        rows = np.arange(first, min(first + CELLS_AT_A_TIME, len(leaf_N)))
+        yield attribute(bundle.network, cells.query.panel[rows], start, axis, leaf_N[rows]), rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Sums:
+    """Attributions added up over the cells of each state."""
+
+    gene_SG: NDArray[np.float64]
+    latent_SG: NDArray[np.float64]
+
+    @classmethod
+    def empty(cls, n_states: int, n_genes: int) -> _Sums:
+        return cls(np.zeros((n_states, n_genes)), np.zeros((n_states, n_genes)))
+
+    def add(self, part: Attribution, label_N: NDArray[np.intp]) -> None:
+        for state in np.unique(label_N[label_N != UNKNOWN]):
+            self.gene_SG[state] += part.gene_NG[label_N == state].sum(0)
+            self.latent_SG[state] += part.latent_NG[label_N == state].sum(0)
+
+
+def _state_table(
+    bundle: Bundle, cells: Read, sums: _Sums, label_N: NDArray[np.intp], axis: str, n_genes: int
+) -> pd.DataFrame:
+    """The genes that add most to each state that was called, the greatest first."""
+    assert bundle.tree is not None
+    has = cells.query.panel.astype(bool).tocsr()
+    tables = []
+    for s, state in enumerate(bundle.tree[axis].leaves):
+        own, others = label_N == s, (label_N != s) & (label_N != UNKNOWN)
+        if not own.any():
+            continue
+        gene_G, latent_G = sums.gene_SG[s] / own.sum(), sums.latent_SG[s] / own.sum()
+        top = np.argsort(-(gene_G + latent_G), kind="stable")[:n_genes]
+        columns = {
+            "axis": axis,
+            "state": state,
+            "n_cells": int(own.sum()),
+            "rank": np.arange(1, len(top) + 1),
+            "gene": np.array(bundle.genes, dtype=object)[top],
+            "attribution": (gene_G + latent_G)[top],
+            "gene_view": gene_G[top],
+            "latent_view": latent_G[top],
+            "share_expressing": np.asarray(has[own].mean(axis=0)).ravel()[top],
+            "share_elsewhere": np.asarray(has[others].mean(axis=0)).ravel()[top] if others.any() else np.nan,
+        }
+        tables.append(pd.DataFrame(columns))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _cell_table(bundle: Bundle, cells: Read, part: Attribution, i: int, row: int, n_genes: int) -> pd.DataFrame:
+    """The genes that add or take most of a cell's log-odds, and the sum of all others."""
+    both_G = part.gene_NG[i] + part.latent_NG[i]
+    order = np.argsort(-np.abs(both_G), kind="stable")
+    top, rest = order[:n_genes], order[n_genes:]
+    counts_G = cells.query.panel[row].toarray().ravel()
+
+    def with_rest(value_G: NDArray[np.floating]) -> NDArray[np.floating]:
+        return np.append(value_G[top], value_G[rest].sum(dtype=np.float64))
+
+    return pd.DataFrame(
+        {
+            "barcode": cells.barcode_N[row],
+            "sample": cells.query.samples[cells.query.sample_N[row]],
+            "axis": "",
+            "state": "",
+            "log_odds": part.log_odds_N[i],
+            "baseline_log_odds": part.baseline_N[i],
+            "gene": [*np.array(bundle.genes, dtype=object)[top], REST],
+            "attribution": with_rest(both_G),
+            "gene_view": with_rest(part.gene_NG[i]),
+            "latent_view": with_rest(part.latent_NG[i]),
+            "counts": with_rest(counts_G.astype(np.float64)).astype(np.int64),
+        }
+    )
+
+
+def marker_table(cells: Read, called_N: NDArray[np.object_], order: Sequence[str]) -> pd.DataFrame:
+    """Mean log1p(CP10k) and share of cells with a count, of every marker in every state and author's label.
+
+    Empty where the query did not measure the gene.
+    """
+    query = cells.query
+    count_NE = query.other.toarray().astype(np.float64)
+    value_NE = np.log1p(count_NE * (1e4 / np.maximum(query.total_N, 1))[:, None])
+    groups = [(PREDICTED, called_N, order)]
+    if cells.author_N is not None:
+        groups.append((AUTHOR, cells.author_N, sorted(set(cells.author_N))))
+    rows = []
+    for by, name_N, names in groups:
+        for name in names:
+            own = (name_N == name) & cells.drawn_N
+            if own.any():
+                mean_E, share_E = value_NE[own].mean(0), (count_NE[own] > 0).mean(0)
+                found = {"gene": cells.markers, "mean": mean_E, "share_expressing": share_E}
+                table = pd.DataFrame({"by": by, "state": name, "n_cells": int(own.sum()), **found})
+                table.loc[~query.measured_E, ["mean", "share_expressing"]] = np.nan
+                rows.append(table)
+    return pd.concat(rows, ignore_index=True)
+
+
+def _missing(bundle: Bundle, cells: Read) -> pd.DataFrame:
+    """Genes that the query does not have; said, too, where they are markers."""
+    panel = [gene for gene, there in zip(bundle.genes, cells.query.present_G, strict=True) if not there]
+    markers = [gene for gene, there in zip(cells.markers, cells.query.measured_E, strict=True) if not there]
+    if panel:
+        log.info("%d genes of the model are not in the query and explain nothing; %s names them", len(panel), MISSING)
+    if markers:
+        log.info("markers that the query does not have: %s", ", ".join(markers))
+    return pd.DataFrame({"gene": panel + markers, "what": ["model"] * len(panel) + ["marker"] * len(markers)})
+
+
+def draw(table: pd.DataFrame, panels: Sequence[tuple[str, Sequence[str]]], path: Path) -> None:
+    """The table of markers as dots: size the share of cells, colour the mean relative to the gene's greatest."""
+    from matplotlib.figure import Figure
+
+    genes = list(dict.fromkeys(gene for _, names in panels for gene in names))
+    top = table.groupby("gene")["mean"].max().reindex(genes)
+    groups = [(by, rows) for by, rows in table.groupby("by", sort=False)]
+    n_rows = [rows["state"].nunique() for _, rows in groups]
+    figure = Figure(
+        figsize=(0.27 * len(genes) + 4.2, 0.27 * sum(n_rows) + 1.2 * len(groups) + 1.2), layout="constrained"
+    )
+    all_axes = np.atleast_1d(figure.subplots(len(groups), 1, sharex=True, height_ratios=n_rows))
+    for axes, (by, rows) in zip(all_axes, groups, strict=True):
+        states = list(dict.fromkeys(rows["state"]))
+        x, y = rows["gene"].map(genes.index), rows["state"].map(states.index)
+        shade = rows["mean"] / rows["gene"].map(top).where(lambda value: value > 0)
+        size = 150 * rows["share_expressing"].fillna(0)
+        dots = axes.scatter(x, y, s=size, c=shade, cmap="viridis_r", vmin=0, vmax=1, edgecolors="0.4", linewidths=0.3)
+        n_cells = rows.groupby("state")["n_cells"].first()
+        axes.set_yticks(range(len(states)), [f"{state} ({n_cells[state]:,})" for state in states])
+        axes.set(ylim=(len(states) - 0.4, -0.6), xlim=(-0.7, len(genes) - 0.3))
+        axes.set_title(
+            "as called by carvae" if by == PREDICTED else "as labelled by the author", loc="left", fontsize=10
+        )
+        for edge in np.cumsum([len(names) for _, names in panels])[:-1]:
+            axes.axvline(edge - 0.5, color="0.85", linewidth=0.8, zorder=0)
+    unmeasured = set(top.index[top.isna()])
+    ticks = [f"{gene} (absent)" if gene in unmeasured else gene for gene in genes]
+    all_axes[-1].set_xticks(range(len(genes)), ticks, rotation=90, fontsize=8)
+    figure.colorbar(dots, ax=list(all_axes), label="mean / greatest mean", shrink=0.6, pad=0.01)
+    handles = [all_axes[0].scatter([], [], s=150 * s, c="0.6", label=f"{s:.0%}") for s in (0.1, 0.5, 1.0)]
+    figure.legend(handles=handles, title="cells with a count", loc="outside right upper", fontsize=8, title_fontsize=8)
+    figure.savefig(path, dpi=150)
