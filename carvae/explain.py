@@ -21,7 +21,7 @@ from carvae.data.readers import CountsSource, open_samples
 from carvae.errors import BundleError, ConfigError, CountsError, SchemaError
 from carvae.labels.axis import RESERVED
 from carvae.labels.signatures import Signatures
-from carvae.model.attribution import Attribution, Baseline, attribute, baseline
+from carvae.model.attribution import Attribution, Baseline, attribute, baseline, normalised
 from carvae.model.bundle import Bundle, load
 from carvae.model.query import UNKNOWN, Query, Samples, calls, read
 
@@ -57,7 +57,8 @@ def run(query: Path, model: Path, out: Path, config: ExplainConfig, predict: Pre
 
     ``genes.csv``
         Per state of each label axis the genes that add most to its log-odds (see `model.attribution`), the mean over
-        the cells that were called it, from the mean of all states to the cell.
+        the cells that were called it, from the mean of all states to the cell; and whether they do so by being there
+        more than in that mean, or less (CD8A speaks for a CD4 state by its absence).
     ``cells.csv``
         The same of each cell of ``explain.barcodes``; the terms of a cell add up to the change of its log-odds.
     ``markers.csv``, ``markers.png``
@@ -163,7 +164,7 @@ def _explained(
             for i in np.flatnonzero(cells.asked_N[rows]).tolist():
                 row, leaf = int(rows[i]), leaves[best[axis][rows[i]]]
                 singles.append(_cell_table(bundle, cells, part, i, row, config.n_genes).assign(axis=axis, state=leaf))
-        states.append(_state_table(bundle, cells, sums, label_N, axis, config.n_genes))
+        states.append(_state_table(bundle, cells, sums, start, label_N, axis, config.n_genes))
     error_N = np.concatenate(errors)
     log.info(
         "genes add up to the change of the log-odds within %.1g in half of the cells, %.1g in all",
@@ -200,11 +201,17 @@ class _Sums:
 
 
 def _state_table(
-    bundle: Bundle, cells: Read, sums: _Sums, label_N: NDArray[np.intp], axis: str, n_genes: int
+    bundle: Bundle,
+    cells: Read,
+    sums: _Sums,
+    start: Baseline,
+    label_N: NDArray[np.intp],
+    axis: str,
+    n_genes: int,
 ) -> pd.DataFrame:
     """The genes that add most to each state that was called, the greatest first."""
     assert bundle.tree is not None
-    has = cells.query.panel.astype(bool).tocsr()
+    has, value = cells.query.panel.astype(bool).tocsr(), normalised(cells.query.panel)
     tables = []
     for s, state in enumerate(bundle.tree[axis].leaves):
         own, others = label_N == s, (label_N != s) & (label_N != UNKNOWN)
@@ -212,6 +219,7 @@ def _state_table(
             continue
         gene_G, latent_G = sums.gene_SG[s] / own.sum(), sums.latent_SG[s] / own.sum()
         top = np.argsort(-(gene_G + latent_G), kind="stable")[:n_genes]
+        over_G = np.asarray(value[own].mean(axis=0)).ravel() > start.normalised_G
         columns = {
             "axis": axis,
             "state": state,
@@ -221,6 +229,7 @@ def _state_table(
             "attribution": (gene_G + latent_G)[top],
             "gene_view": gene_G[top],
             "latent_view": latent_G[top],
+            "speaks_by": np.where(over_G, "presence", "absence")[top],
             "share_expressing": np.asarray(has[own].mean(axis=0)).ravel()[top],
             "share_elsewhere": np.asarray(has[others].mean(axis=0)).ravel()[top] if others.any() else np.nan,
         }

@@ -67,13 +67,17 @@ def baseline(panel: sp.csr_matrix, group_N: NDArray[np.integer], min_cells: int)
 
     Groups with fewer than ``min_cells`` cells are left out, and negative ones; where none is left all cells are one.
     """
-    value = CountsCSR.from_scipy(panel)
-    log1p, normalised = panel.astype(np.float32), panel.astype(np.float32)
-    log1p.data, normalised.data = np.log1p(log1p.data), log_normalised(value).numpy()
+    log1p = panel.astype(np.float32).log1p()
     large = [g for g in np.unique(group_N[group_N >= 0]) if (group_N == g).sum() >= min_cells]
     members = [np.flatnonzero(group_N == g) for g in large] or [np.arange(panel.shape[0])]
-    means = [[np.asarray(x[cells].mean(axis=0)).ravel() for cells in members] for x in (log1p, normalised)]
+    means = [[np.asarray(x[cells].mean(axis=0)).ravel() for cells in members] for x in (log1p, normalised(panel))]
     return Baseline(*(np.mean(m, axis=0).astype(np.float32) for m in means))
+
+
+def normalised(panel: sp.csr_matrix) -> sp.csr_matrix:
+    """The values that the gene view reads, [N, G]."""
+    value_M = log_normalised(CountsCSR.from_scipy(panel)).numpy()
+    return sp.csr_matrix((value_M, panel.indices, panel.indptr), shape=panel.shape)
 
 
 def attribute(
