@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import GENES, counts_of, tiny_bundle
 from trained import World, carvae, sha256
 
@@ -172,6 +177,72 @@ def test_a_batch_that_the_query_does_not_name_stays_at_the_mean() -> None:
     found = map_query(query, model, MapConfig(obs={"assay": "kit"}, constants={"sample": "one"}))
     assert found.bundle.n_rows == {"sample": 4, "study": 3, "assay": 3}
     assert found.samples["row_study"].tolist() == ["-1 2"]
+
+
+def test_an_expectation_in_scvi_tools_takes_the_rows_and_the_mean_stays(tmp_path: Path) -> None:
+    """Cells of mapped batches have their rows' expression there, and cells of unknown batches what they had before."""
+    from carvae.model.scvi_bridge import to_scvi
+
+    model = a_model()
+    query = drawn(model, 120, 3.0)
+    mapped = map_query(query, model).bundle
+    query.obs["code"] = mapped.rows_of("sample", query.obs["sample"])
+    query.obs["study_code"] = mapped.rows_of("study", query.obs["study"])
+    query = query[: len(query) // 2].copy()
+    columns = {"sample": "code", "study": "study_code"}
+    known, unknown, before = to_scvi(mapped, query, columns), to_scvi(mapped, query), to_scvi(model, query)
+    with torch.inference_mode():
+        z_NK = torch.from_numpy(model.get_latent_representation(query))
+        for scvi_model, names in ((known, columns), (unknown, None), (before, None)):
+            tensors = next(iter(scvi_model._make_data_loader(scvi_model.adata, batch_size=len(query))))
+            inferred = scvi_model.module.inference(**scvi_model.module._get_inference_input(tensors))
+            inferred["z"] = inferred["qz"].loc
+            generated = scvi_model.module.generative(**scvi_model.module._get_generative_input(tensors, inferred))
+            codes = np.full((len(query), 2), -1) if names is None else query.obs[list(names.values())].to_numpy()
+            decoder = (mapped if names else model).network.vae.decoder
+            expected = decoder.scale(decoder.hidden(z_NK, torch.from_numpy(codes.astype(np.int64)))).softmax(1)
+            torch.testing.assert_close(generated["px"].scale, expected, rtol=1e-3, atol=1e-5)
+
+
+def rewritten(folder: Path, weights: dict[str, torch.Tensor], change: Callable[[dict[str, Any]], object]) -> Path:
+    """A bundle changed by one who made its hashes right again."""
+    save_file(weights, folder / "weights.safetensors")
+    spec = json.loads((folder / "model.json").read_text())
+    change(spec)
+    spec["files"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in spec["files"]}
+    spec["sha256"] = "0" * 64
+    text = json.dumps(spec, indent=1)
+    own = hashlib.sha256(text.encode()).hexdigest()
+    (folder / "model.json").write_text(text.replace("0" * 64, own, 1))
+    return folder
+
+
+def test_a_bundle_of_the_layout_before_mapping_is_mapped(tmp_path: Path) -> None:
+    model = a_model()
+    folder = model.save(tmp_path / "m")
+    old = rewritten(folder, load_file(folder / "weights.safetensors"), lambda s: (s.pop("mapped"), s.update(format=2)))
+    assert load(old).n_rows == model.n_categories
+    assert map_query(drawn(model, 100, 3.0), old).bundle.n_rows == {"sample": 5, "study": 3}
+
+
+@pytest.mark.parametrize("what", ["no decoder", "no such covariate", "other number", "no list"])
+def test_rows_that_do_not_fit_the_description_are_refused(tmp_path: Path, what: str) -> None:
+    model = a_model()
+    folder = map_query(drawn(model, 100, 3.0), model).bundle.save(tmp_path / "m")
+    weights = load_file(folder / "weights.safetensors")
+    if what == "no decoder":
+        weights = {name: tensor for name, tensor in weights.items() if "decoder" not in name}
+    change: dict[str, Callable[[dict[str, Any]], object]] = {
+        "no decoder": lambda spec: None,
+        "no such covariate": lambda spec: spec["mapped"].update(tissue=["0" * 32]),
+        "other number": lambda spec: spec["mapped"]["sample"].append("0" * 32),
+        "no list": lambda spec: spec.update(mapped=7),
+    }
+    rewritten(folder, weights, change[what])
+    answer = carvae("map", "nowhere.h5ad", "--model", folder, "--out", tmp_path / "o")
+    assert answer.code == 1
+    assert "does not describe a model of this carvae" in answer.err
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
 def test_a_table_of_one_row_has_the_variance_of_the_others() -> None:
