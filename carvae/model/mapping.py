@@ -6,8 +6,8 @@ query's own batches, and so likelihood, normalised expression and differential e
 
 Refining each cell's embedding under the mapped decoder was tried (`scripts/bench_map.py`): over CARPALL's patients,
 each left out in turn, accuracy of the latent view fell from 0.59 to 0.52 and mixing with the reference from 0.53 to
-0.23. Novelty by the misfit under the rows was tried too: they take in what is strange (AUROC of that view for cells that
-are no T cells 0.93 to 0.70).
+0.23. Novelty by the misfit under the rows was tried too: they take in what is strange (AUROC of that view for cells
+that are no T cells 0.93 to 0.70).
 
 A row is drawn to the mean of its table with the variance of the trained rows (an empirical Bayes prior), so that a
 batch with few cells stays near what an unknown batch has.
