@@ -69,9 +69,10 @@ class Network(nn.Module):
         device = self.vae.log_theta_G.device
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         latent, probability, cells = [], [], CountsCSR.from_scipy(counts)
+        first_layer = self.vae.encoder.first.fixed(dtype)
         for start in range(0, counts.shape[0], CELLS_PER_PASS):
             part = cells.part(start, min(start + CELLS_PER_PASS, counts.shape[0])).to(device)
-            mean_NK = self.vae.encoder.mean_of(part, dtype)
+            mean_NK = self.vae.encoder.mean_of(first_layer(part))
             latent.append(mean_NK.cpu().numpy())
             answer = self.head(mean_NK, part) if label else {}
             probability.append({axis: log_NS.exp().cpu().numpy() for axis, log_NS in answer.items()})
