@@ -50,11 +50,12 @@ class FixedLayer:
         padded_GH = functional.pad(weight_GH.detach().to(dtype), (0, -weight_GH.shape[1] % COLUMNS))
         parts_PGC = torch.stack(padded_GH.split(COLUMNS, dim=1))
         self.parts_PGC = (parts_PGC.view(torch.uint16) if dtype == torch.bfloat16 else parts_PGC).numpy()
-        self.bias_H = bias_H.detach()
+        self.n_hidden = len(bias_H)
+        self.bias_PC = functional.pad(bias_H.detach(), (0, -self.n_hidden % COLUMNS)).view(-1, COLUMNS)
 
     def __call__(self, counts: CountsCSR) -> Tensor:
         """Hidden values [N, H]."""
-        out_NPC = torch.empty(counts.n_cells, len(self.parts_PGC), COLUMNS)
+        out_NPC = self.bias_PC.repeat(counts.n_cells, 1, 1)
         indptr_N, gene_M, count_M, out = (
             tensor.numpy() for tensor in (counts.indptr_N, counts.gene_M, counts.count_M, out_NPC)
         )
@@ -69,12 +70,12 @@ class FixedLayer:
             bounds = np.linspace(0, counts.n_cells, n_threads + 1).astype(int)
             with ThreadPoolExecutor(n_threads) as pool:
                 list(pool.map(some_cells, bounds[:-1], bounds[1:]))
-        return out_NPC.flatten(1)[:, : len(self.bias_H)] + self.bias_H
+        return out_NPC.flatten(1)[:, : self.n_hidden]
 
 
 @intrinsic  # type: ignore[untyped-decorator]
 def _add_rows(typing: Any, row_GC: Any, gene_M: Any, value_M: Any, span: Any, out_C: Any) -> Any:
-    """``out_C = sum(value_M[j] * row_GC[gene_M[j]])`` over ``span[0] <= j < span[1]``, in registers.
+    """``out_C += sum(value_M[j] * row_GC[gene_M[j]])`` over ``span[0] <= j < span[1]``, in registers.
 
     Rows are float32, or the bits of bfloat16. Unlike numba's own indexing it checks nothing and takes no negative gene.
     """
@@ -85,12 +86,14 @@ def _add_rows(typing: Any, row_GC: Any, gene_M: Any, value_M: Any, span: Any, ou
         start, stop = builder.extract_value(args[3], 0), builder.extract_value(args[3], 1)
         loops = _Loops(builder, (rows, gene, value))
         both = builder.add(start, builder.and_(builder.sub(stop, start), _I64(-CHAINS)))
-        chains = loops.over(start, both, [ir.Constant(_VECTOR, [0.0] * COLUMNS)] * CHAINS)
+        place = builder.bitcast(out, _VECTOR.as_pointer())
+        nothing = ir.Constant(_VECTOR, [0.0] * COLUMNS)
+        chains = loops.over(start, both, [builder.load(place, align=4)] + [nothing] * (CHAINS - 1))
         total = chains[0]
         for chain in chains[1:]:
             total = builder.fadd(total, chain)
         (total,) = loops.over(both, stop, [total])
-        builder.store(total, builder.bitcast(out, _VECTOR.as_pointer()), align=4)
+        builder.store(total, place, align=4)
         return context.get_dummy_value()
 
     return types.void(row_GC, gene_M, value_M, span, out_C), generate
@@ -151,7 +154,7 @@ def _sums(
     parts_PGC: Any,
     out_NPC: NDArray[np.float32],
 ) -> None:
-    """The sums of the weight rows of some cells."""
+    """Add the sums of their weight rows to some cells."""
     n_cells = out_NPC.shape[0]
     value_M, others_M = np.empty(0, np.float32), np.empty(0, np.int64)
     for first in range(0, n_cells, CELLS_AT_ONCE):
