@@ -50,7 +50,8 @@ def moved(counts: sp.csr_matrix, column_G: Ints, n_columns: int) -> sp.csr_matri
     value_M = np.empty(counts.nnz + 1, counts.data.dtype)
     some_meet = np.bincount(column_G[column_G >= 0], minlength=1).max() > 1
     place_C = np.full(n_columns if some_meet else 0, -1, np.int64)
-    n_values = _moved(counts.data, counts.indices, counts.indptr, column_G.astype(np.int32), place_C, (indptr_N, gene_M, value_M))
+    out, column_G = (indptr_N, gene_M, value_M), column_G.astype(np.int32)
+    n_values = _moved(counts.data, counts.indices, counts.indptr, column_G, place_C, out)
     parts = value_M[:n_values], gene_M[:n_values], indptr_N  # the rest of the memory was never touched
     return sp.csr_matrix(parts, shape=(counts.shape[0], n_columns))
 
@@ -83,7 +84,7 @@ def _look(
         for j in range(value.size):
             fingerprint += np.uint64(np.int32(value[j])) * key_G[np.uint32(gene[j])]
         total_N[n], print_N[n] = total, fingerprint
-    return True, np.int64(greatest)
+    return True, greatest  # type: ignore[return-value]
 
 
 @njit(nogil=True, cache=True)
@@ -95,14 +96,14 @@ def _moved(
     ``place_C`` is -1 for every column, and empty where no two genes have the same.
     """
     out_indptr_N, out_gene_M, out_value_M = out
-    end = np.int64(0)
+    end = 0
     for n in range(indptr_N.size - 1):
         first = end
         value, gene = value_M[indptr_N[n] : indptr_N[n + 1]], gene_M[indptr_N[n] : indptr_N[n + 1]]
         for j in range(value.size):
             column = column_G[np.uint32(gene[j])]
             out_gene_M[end], out_value_M[end] = column, value[j]
-            end += np.int64(column >= 0)
+            end += column >= 0
         if place_C.size:
             end = _met(first, end, place_C, out_gene_M, out_value_M)
         out_indptr_N[n + 1] = end

@@ -123,9 +123,8 @@ class Bundle:
         if self.tree is None:
             raise BundleError("this model was trained without labels; it embeds but cannot predict states")
         labels = self.tree[axis or self.axes[0]]
-        probability = pd.DataFrame(
-            self._predict(adata, label=True).probability_NS[labels.name], index=adata.obs_names, columns=list(labels.leaves)
-        )
+        probability_NS = self._predict(adata, label=True).probability_NS[labels.name]
+        probability = pd.DataFrame(probability_NS, index=adata.obs_names, columns=list(labels.leaves))
         return probability if soft else probability.idxmax(axis=1).astype(str)
 
     def align(self, resolved: ResolvedGenes, min_overlap: float) -> GeneAlignment:

@@ -48,7 +48,7 @@ class FixedLayer:
 
     def __init__(self, weight_GH: Tensor, bias_H: Tensor, dtype: torch.dtype) -> None:
         padded_GH = functional.pad(weight_GH.detach().to(dtype), (0, -weight_GH.shape[1] % COLUMNS))
-        parts_PGC = torch.stack(padded_GH.split(COLUMNS, dim=1))
+        parts_PGC = torch.stack(torch.split(padded_GH, COLUMNS, dim=1))
         self.parts_PGC = (parts_PGC.view(torch.uint16) if dtype == torch.bfloat16 else parts_PGC).numpy()
         self.n_hidden = len(bias_H)
         self.bias_PC = functional.pad(bias_H.detach(), (0, -self.n_hidden % COLUMNS)).view(-1, COLUMNS)
@@ -73,7 +73,7 @@ class FixedLayer:
         return out_NPC.flatten(1)[:, : self.n_hidden]
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _add_rows(typing: Any, row_GC: Any, gene_M: Any, value_M: Any, span: Any, out_C: Any) -> Any:
     """``out_C += sum(value_M[j] * row_GC[gene_M[j]])`` over ``span[0] <= j < span[1]``, in registers.
 
@@ -82,7 +82,7 @@ def _add_rows(typing: Any, row_GC: Any, gene_M: Any, value_M: Any, span: Any, ou
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         types_of = signature.args
-        rows, gene, value, out = (make_array(types_of[k])(context, builder, args[k]).data for k in (0, 1, 2, 4))
+        rows, gene, value, out = (_data(context, builder, types_of[k], args[k]) for k in (0, 1, 2, 4))
         start, stop = builder.extract_value(args[3], 0), builder.extract_value(args[3], 1)
         loops = _Loops(builder, (rows, gene, value))
         both = builder.add(start, builder.and_(builder.sub(stop, start), _I64(-CHAINS)))
@@ -97,6 +97,11 @@ def _add_rows(typing: Any, row_GC: Any, gene_M: Any, value_M: Any, span: Any, ou
         return context.get_dummy_value()
 
     return types.void(row_GC, gene_M, value_M, span, out_C), generate
+
+
+def _data(context: Any, builder: Any, kind: Any, array: Any) -> Any:
+    """Where the values of an array are."""
+    return make_array(kind)(context, builder, array).data  # type: ignore[no-untyped-call]
 
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
@@ -166,7 +171,7 @@ def _sums(
         gene = gene_M[start:stop]
         for p in range(parts_PGC.shape[0]):
             for n in range(first, last):
-                _add_rows(parts_PGC[p], gene, value_M, (indptr_N[n] - start, indptr_N[n + 1] - start), out_NPC[n, p])
+                _add_rows(parts_PGC[p], gene, value_M, (indptr_N[n] - start, indptr_N[n + 1] - start), out_NPC[n, p])  # type: ignore[call-arg]
 
 
 @njit(nogil=True, error_model="numpy")
