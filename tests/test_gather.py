@@ -61,3 +61,9 @@ def test_a_part_of_the_cells_gives_their_rows() -> None:
     counts = drawn(1, 300, 30, 0.3, 9)
     layer = FixedLayer(torch.randn(30, 40), torch.randn(40), torch.float32)
     torch.testing.assert_close(layer(counts.part(40, 290)), layer(counts)[40:290], rtol=0, atol=0)
+
+
+def test_counts_over_other_genes_are_refused() -> None:
+    layer = FixedLayer(torch.randn(20, 4), torch.randn(4), torch.float32)
+    with pytest.raises(ValueError, match="30 genes for weights of 20"):
+        layer(drawn(0, 3, 30, 0.5, 3))

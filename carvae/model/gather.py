@@ -54,7 +54,15 @@ class FixedLayer:
         self.bias_PC = functional.pad(bias_H.detach(), (0, -self.n_hidden % COLUMNS)).view(-1, COLUMNS)
 
     def __call__(self, counts: CountsCSR) -> Tensor:
-        """Hidden values [N, H]."""
+        """Hidden values [N, H].
+
+        Raises
+        ------
+        ValueError
+            If the counts are over another number of genes: the kernel would read beyond the weights.
+        """
+        if counts.n_genes != self.parts_PGC.shape[1]:
+            raise ValueError(f"counts over {counts.n_genes} genes for weights of {self.parts_PGC.shape[1]}")
         out_NPC = self.bias_PC.repeat(counts.n_cells, 1, 1)
         indptr_N, gene_M, count_M, out = (
             tensor.numpy() for tensor in (counts.indptr_N, counts.gene_M, counts.count_M, out_NPC)
