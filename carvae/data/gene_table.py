@@ -121,7 +121,7 @@ class GeneTable:
         own = [str(name).strip() for name in names]
         given = set(own)
         pairs = [
-            self._gene(name, gene_id, given)
+            (name, "symbol") if not gene_id and name in self.symbols else self._gene(name, gene_id, given)
             for name, gene_id in zip(own, repeat("") if ids is None else ids, strict=False)
         ]
         return ResolvedGenes(

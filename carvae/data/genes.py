@@ -108,7 +108,12 @@ class GeneAlignment:
     receipt: GeneReceipt
 
     def apply(self, counts: sparse.csr_matrix) -> sparse.csr_matrix:
-        """The counts in the panel's columns: those of the same gene summed, missing genes zero, the type kept."""
+        """The counts in the panel's columns: those of the same gene summed, missing genes zero, the type kept.
+
+        The same matrix where the columns are the panel's already.
+        """
+        if np.array_equal(self.column, np.arange(len(self.present))):
+            return counts
         from carvae.data.rows import moved  # numba is slow to import, and not needed to know genes
 
         return moved(counts, self.column, len(self.present))

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
@@ -27,8 +26,8 @@ from safetensors.torch import save as serialise
 from carvae.config import ModelConfig, PredictConfig
 from carvae.data.atomic import replacing_folder
 from carvae.data.genes import GeneAlignment, GeneTable, ResolvedGenes, align
-from carvae.data.readers import open_source
-from carvae.errors import BundleError, GeneError, LabelError
+from carvae.data.readers import CountsSource, open_source
+from carvae.errors import BundleError, CountsError, GeneError, LabelError
 from carvae.labels.axis import main_first
 from carvae.labels.signatures import Signatures
 from carvae.labels.tree import LabelTree
@@ -142,7 +141,7 @@ class Bundle:
 
     def get_latent_representation(self, adata: AnnData) -> NDArray[np.float32]:
         """Latent means of the cells, [N, K]; ``adata`` is not changed."""
-        return self._predict(adata).latent_NK
+        return self._predict(adata, label=False).latent_NK
 
     def predict(self, adata: AnnData, axis: str | None = None, *, soft: bool = False) -> pd.Series[str] | pd.DataFrame:
         """State of each cell on a label axis (the first by default), or with ``soft`` the probability of every state.
@@ -157,9 +156,8 @@ class Bundle:
         if self.tree is None:
             raise BundleError("this model was trained without labels; it embeds but cannot predict states")
         labels = self.tree[axis or self.axes[0]]
-        probability = pd.DataFrame(
-            self._predict(adata).probability_NS[labels.name], index=adata.obs_names, columns=list(labels.leaves)
-        )
+        probability_NS = self._predict(adata, label=True).probability_NS[labels.name]
+        probability = pd.DataFrame(probability_NS, index=adata.obs_names, columns=list(labels.leaves))
         return probability if soft else probability.idxmax(axis=1).astype(str)
 
     def align(self, resolved: ResolvedGenes, min_overlap: float) -> GeneAlignment:
@@ -179,11 +177,25 @@ class Bundle:
             )
         return alignment
 
-    def _predict(self, adata: AnnData) -> Prediction:
-        source = open_source(adata)
+    def _predict(self, adata: AnnData, *, label: bool) -> Prediction:
+        try:
+            return self._predict_source(open_source(adata, whole=False), label)
+        except CountsError:  # not where the first cells pointed to: all places are looked through
+            return self._predict_source(open_source(adata), label)
+
+    def _predict_source(self, source: CountsSource, label: bool) -> Prediction:
+        """One pass over the counts: each block is checked, brought to the panel and passed through the network."""
         resolved = GeneTable.default().resolve(source.genes, source.gene_ids)
-        alignment = self.align(resolved, PredictConfig().min_overlap)
-        return self.network.predict(sp.vstack([alignment.apply(chunk) for chunk in source.chunks()]).tocsr())
+        config = PredictConfig()
+        alignment = self.align(resolved, config.min_overlap)
+        parts, totals, prints, largest = [], [], [], 0
+        for block in source.blocks(config.chunk_size):
+            parts.append(self.network.predict(alignment.apply(block.counts), label=label))
+            totals.append(block.total_N)
+            prints.append(block.print_N)
+            largest = max(largest, block.largest)
+        source.confirmed(np.concatenate(totals), np.concatenate(prints), largest)
+        return Prediction.joined(parts)
 
     def _describe(self, folder: Path) -> dict[str, Any]:
         return {

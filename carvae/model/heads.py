@@ -51,6 +51,8 @@ class StateHead(nn.Module):
 
     def forward(self, z_NK: Tensor, counts: CountsCSR) -> dict[str, Tensor]:
         """Log probability of each leaf by both views, [N, S] for every axis."""
+        if not self.names:
+            return {}
         latent = self.latent_view(z_NK)
         value_M = log_normalised(counts)
         relative_N = counts.library_N() * self.get_buffer("inverse_depth")

@@ -5,7 +5,7 @@ Axes: N cells, K latent, S leaves of one label axis.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +30,15 @@ class Prediction:
     latent_NK: NDArray[np.float32]
     probability_NS: dict[str, NDArray[np.float32]]
     """Leaf probabilities per label axis."""
+
+    @classmethod
+    def joined(cls, parts: Sequence[Prediction]) -> Prediction:
+        """What was said of all cells, from what was said of some after the other."""
+        axes = parts[0].probability_NS
+        return cls(
+            np.concatenate([part.latent_NK for part in parts]),
+            {axis: np.concatenate([part.probability_NS[axis] for part in parts]) for axis in axes},
+        )
 
 
 class Network(nn.Module):
@@ -68,15 +77,14 @@ class Network(nn.Module):
         self.eval()
         device = self.vae.log_theta_G.device
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        latent, probability, cells = [], [], CountsCSR.from_scipy(counts)
+        parts, cells = [], CountsCSR.from_scipy(counts)
+        first_layer = self.vae.encoder.first.fixed(dtype)
         for start in range(0, counts.shape[0], CELLS_PER_PASS):
             part = cells.part(start, min(start + CELLS_PER_PASS, counts.shape[0])).to(device)
-            mean_NK = self.vae.encoder.mean_of(part, dtype)
-            latent.append(mean_NK.cpu().numpy())
+            mean_NK = self.vae.encoder.mean_of(first_layer(part))
             answer = self.head(mean_NK, part) if label else {}
-            probability.append({axis: log_NS.exp().cpu().numpy() for axis, log_NS in answer.items()})
-        if not latent:
+            probability = {axis: log_NS.exp().cpu().numpy() for axis, log_NS in answer.items()}
+            parts.append(Prediction(mean_NK.cpu().numpy(), probability))
+        if not parts:
             raise AssertionError("predict needs cells")
-        return Prediction(
-            np.concatenate(latent), {axis: np.concatenate([p[axis] for p in probability]) for axis in probability[0]}
-        )
+        return Prediction.joined(parts)

@@ -9,7 +9,7 @@ LayerNorm, so that the embedding of a cell does not depend on its company.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +18,9 @@ from torch.nn import functional
 
 from carvae.config import ModelConfig
 from carvae.data.sparse import CountsCSR
-from carvae.model.fused import Target, sparse_product, sum_of_rows
+from carvae.model.fused import Target, sparse_product
 from carvae.model.likelihood import reconstruction
 
-COLUMNS_IN_CACHE = 64
-"""Columns of the first layer that are multiplied at a time: 1 MB for 4,000 genes."""
 VARIANCE_EPS = 1e-4
 """Least variance of q(z|x), as in scvi-tools."""
 
@@ -72,17 +70,13 @@ class SparseLinear(nn.Module):
         """Hidden activations [N, H]."""
         return sparse_product(counts, counts.count_M.log1p(), self.weight_GH) + self.bias_H
 
-    def product(self, counts: CountsCSR, dtype: torch.dtype) -> Tensor:
-        """As `forward`, the weights in ``dtype``; without gradient.
-
-        On a CPU some columns after the other, whose weights stay in the processor's own cache.
-        """
+    def fixed(self, dtype: torch.dtype) -> Callable[[CountsCSR], Tensor]:
+        """As `forward` for many cells, without gradient; on a CPU the weights, laid out once, are in ``dtype``."""
         if self.weight_GH.is_cuda:
-            return self.forward(counts)
-        value_M = counts.count_M.log1p().to(dtype)
-        columns = torch.split(self.weight_GH.detach().to(dtype), COLUMNS_IN_CACHE, dim=1)
-        parts = [sum_of_rows(counts, value_M, part.contiguous()).float() for part in columns]
-        return torch.cat(parts, 1) + self.bias_H
+            return self.forward
+        from carvae.model.gather import FixedLayer  # numba is slow to import, and not needed to read a bundle
+
+        return FixedLayer(self.weight_GH, self.bias_H, dtype)
 
 
 class Encoder(nn.Module):
@@ -110,9 +104,9 @@ class Encoder(nn.Module):
         variance_NK = self.log_variance(hidden_NH).to(dtype).exp() + VARIANCE_EPS
         return Posterior(self.mean(hidden_NH).to(dtype), variance_NK)
 
-    def mean_of(self, counts: CountsCSR, dtype: torch.dtype) -> Tensor:
-        """Posterior mean [N, K] alone, the first layer's product in ``dtype``; without gradient."""
-        return self.mean(self.later_layers(self.first.product(counts, dtype)))  # type: ignore[no-any-return]
+    def mean_of(self, first_NH: Tensor) -> Tensor:
+        """Posterior mean [N, K] alone, from what the first layer made of the counts."""
+        return self.mean(self.later_layers(first_NH))  # type: ignore[no-any-return]
 
     def later_layers(self, hidden_NH: Tensor) -> Tensor:
         """Last hidden layer [N, H], from what the first layer gives."""

@@ -1,0 +1,69 @@
+"""The layer of embedding against the dense product in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from carvae.data.sparse import CountsCSR
+from carvae.model.gather import CELLS_AT_ONCE, LOGS, FixedLayer
+
+
+def drawn(seed: int, n_cells: int, n_genes: int, density: float, largest: int) -> CountsCSR:
+    rng = np.random.default_rng(seed)
+    dense_NG = rng.integers(1, largest + 1, (n_cells, n_genes)) * (rng.random((n_cells, n_genes)) < density)
+    return CountsCSR.from_scipy(sp.csr_matrix(dense_NG.astype(np.float32)))
+
+
+def exact(counts: CountsCSR, weight_GH: torch.Tensor, bias_H: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(counts.to_scipy().toarray()).double().log1p() @ weight_GH.double() + bias_H.double()
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    n=st.sampled_from([0, 1, 7, CELLS_AT_ONCE + 3]),
+    n_hidden=st.sampled_from([1, 31, 32, 70, 128]),
+    density=st.sampled_from([0.0, 0.2, 1.0]),
+    largest=st.sampled_from([3, LOGS.size, 1 << 24]),
+)
+@settings(max_examples=40, deadline=None)
+def test_the_layer_is_the_dense_product(seed: int, n: int, n_hidden: int, density: float, largest: int) -> None:
+    counts = drawn(seed, n, 30, density, largest)
+    generator = torch.Generator().manual_seed(seed)
+    weight_GH, bias_H = torch.randn(30, n_hidden, generator=generator), torch.randn(n_hidden, generator=generator)
+    found_NH = FixedLayer(weight_GH, bias_H, torch.float32)(counts)
+    torch.testing.assert_close(found_NH.double(), exact(counts, weight_GH, bias_H), rtol=1e-5, atol=1e-4)
+    narrow_NH = FixedLayer(weight_GH, bias_H, torch.bfloat16)(counts)
+    rounded_GH = weight_GH.bfloat16().float()
+    torch.testing.assert_close(narrow_NH.double(), exact(counts, rounded_GH, bias_H), rtol=1e-5, atol=1e-4)
+
+
+def test_values_that_are_no_counts_are_taken_as_they_are() -> None:
+    counts = CountsCSR.from_scipy(sp.csr_matrix(np.array([[0.5, 255.0, 256.5, 0.0, -0.5]], np.float32)))
+    weight_GH, bias_H = torch.eye(5), torch.zeros(5)
+    found_NH = FixedLayer(weight_GH, bias_H, torch.float32)(counts)
+    torch.testing.assert_close(found_NH.double(), exact(counts, weight_GH, bias_H))
+
+
+def test_threads_share_the_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = drawn(0, 5 * CELLS_AT_ONCE, 30, 0.3, 9)
+    layer = FixedLayer(torch.randn(30, 40), torch.randn(40), torch.float32)
+    alone_NH = layer(counts)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    torch.testing.assert_close(layer(counts), alone_NH, rtol=0, atol=0)
+
+
+def test_a_part_of_the_cells_gives_their_rows() -> None:
+    counts = drawn(1, 300, 30, 0.3, 9)
+    layer = FixedLayer(torch.randn(30, 40), torch.randn(40), torch.float32)
+    torch.testing.assert_close(layer(counts.part(40, 290)), layer(counts)[40:290], rtol=0, atol=0)
+
+
+def test_counts_over_other_genes_are_refused() -> None:
+    layer = FixedLayer(torch.randn(20, 4), torch.randn(4), torch.float32)
+    with pytest.raises(ValueError, match="30 genes for weights of 20"):
+        layer(drawn(0, 3, 30, 0.5, 3))
