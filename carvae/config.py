@@ -252,6 +252,33 @@ class ExplainConfig(Section):
     """Column of the query with the author's labels, shown beside the states that were called."""
     markers: str = "markers"
     """Marker genes in groups: packaged name, or path to a YAML file in the format of the signatures."""
+class EvaluateConfig(Section):
+    """What is held out, what is compared, and on how much of the data."""
+
+    designs: tuple[Literal["patient", "study", "state", "reference"], ...] = ("patient",)
+    """Each patient, study or state held out in turn; ``reference``: train on some studies, label the others."""
+    hold_out: tuple[str, ...] = ()
+    """Only these patients, studies or states are held out; all in turn where empty."""
+    reference: tuple[str, ...] = ()
+    """Studies that the design ``reference`` trains on."""
+    methods: tuple[str, ...] = (
+        *("carvae", "majority", "logistic", "logistic_balanced", "knn", "scvi_logistic", "scanvi", "celltypist"),
+    )
+    """What is compared, each in the same folds."""
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
+    """Seeds of training; figures are means over them."""
+    depths: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.5, 0.25, 0.1, 0.05)
+    """Shares of the reads to which held-out cells are thinned."""
+    umis: tuple[Annotated[int, Field(ge=1)], ...] = (1000, 500)
+    """UMIs per cell to which they are thinned; a cell that has fewer stays as it is."""
+    missing: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
+    """Shares of all genes that held-out cells are deprived of, as if not measured."""
+    integration_cells: int = Field(2000, ge=0)
+    """Labelled cells of a fold on which mixing and conservation are scored; 0 leaves it out."""
+    licences: dict[str, str] = Field(default_factory=dict)
+    """Study -> licence of its data, for the card."""
+    processes: int = Field(1, ge=1)
+    """Folds at a time, each with one thread; fewer where memory does not suffice."""
 
 
 class Config(Section):
@@ -269,6 +296,7 @@ class Config(Section):
     plan: PlanConfig = Field(default_factory=PlanConfig)
     map: MapConfig = Field(default_factory=MapConfig)
     explain: ExplainConfig = Field(default_factory=ExplainConfig)
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
 
     @model_validator(mode="after")
     def _covariates_are_contract_names(self) -> Config:

@@ -39,8 +39,7 @@ from carvae.data.split import PatientSplit, patient_folds
 from carvae.data.store import CellStore
 from carvae.ingest import run as ingest
 from carvae.model.bundle import leaf_parts
-from carvae.model.cohort import LABEL, Cohort
-from carvae.model.cohort import _labels as labels_of
+from carvae.model.cohort import LABEL, Cohort, labels_of
 from carvae.model.network import Network
 from carvae.model.novelty import VIEWS, observe, views
 from carvae.model.trust import Trust
