@@ -273,8 +273,8 @@ class EvaluateConfig(Section):
     """UMIs per cell to which they are thinned; a cell that has fewer stays as it is."""
     missing: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
     """Shares of all genes that held-out cells are deprived of, as if not measured."""
-    integration_cells: int = Field(2000, ge=0)
-    """Labelled cells of a fold on which mixing and conservation are scored; 0 leaves it out."""
+    integration_cells: int = Field(1000, ge=0)
+    """Labelled cells on which the mixing of batches is scored, in the largest fold; 0 leaves it out."""
     licences: dict[str, str] = Field(default_factory=dict)
     """Study -> licence of its data, for the card."""
     processes: int = Field(1, ge=1)

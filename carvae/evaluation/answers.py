@@ -25,6 +25,8 @@ from carvae.evaluation.task import Floats, Method, Settings, Task
 
 NOT_SWEPT = frozenset({"scvi_logistic", "scanvi"})
 """Methods that must be trained anew for every query."""
+NO_MATTER: dict[str, Any] = {"ingest": {"studies": {"__all__": {"path"}}}, "train": {"wandb"}}
+"""Settings that change nothing: what is in the files is in the fingerprint."""
 DRAWS = 3
 """Random choices of the counts or genes taken away at every point."""
 
@@ -56,11 +58,12 @@ def points_of(config: EvaluateConfig) -> list[Point]:
 
 
 def key_of(task: Task, name: str) -> str:
-    """What an answer depends on: cells, fold, seed, method, points and carvae's version; carvae's own on its settings."""
+    """What an answer depends on: cells, fold, seed, method, points and version; carvae's own also on its settings."""
     swept = name not in NOT_SWEPT and task.fold.state is None
     settings: list[Any] = [f"{point}" for point in points_of(task.config.evaluate)] if swept else []
     if name == "carvae":
-        settings.append(task.config.model_dump(mode="json", include={"ingest", "labels", "model", "train"}))
+        kept = {"ingest", "labels", "model", "train"}
+        settings.append(task.config.model_dump(mode="json", include=kept, exclude=NO_MATTER))
     return hashlib.sha256(json.dumps([__version__, task.stamp, name, settings], sort_keys=True).encode()).hexdigest()
 
 

@@ -206,6 +206,7 @@ def celltypist(task: Task) -> Fitted:
         n_jobs=1,
         feature_selection=True,
         check_expression=False,
+        max_iter=100,
         use_SGD=by_descent,
         random_state=task.seed,
     )
@@ -220,7 +221,9 @@ def celltypist(task: Task) -> Fitted:
     return Fitted(says, settings)
 
 
-NO_CELLTYPIST = "celltypist is not installed; `pip install celltypist` (extra `bench`) or leave it out of evaluate.methods"
+NO_CELLTYPIST = (
+    "celltypist is not installed; `pip install celltypist` (extra `bench`) or leave it out of evaluate.methods"
+)
 
 
 def _logged(adata: AnnData) -> AnnData:

@@ -19,8 +19,8 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from carvae.config import Config
-from carvae.data.genes import align
 from carvae.data.gene_table import ResolvedGenes
+from carvae.data.genes import align
 from carvae.errors import EvaluateError
 from carvae.ingest import open_all
 from carvae.labels.axis import main_first

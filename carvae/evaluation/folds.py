@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 
 from carvae.config import EvaluateConfig
 from carvae.data.split import patient_folds
@@ -101,9 +102,7 @@ def _by_column(cells: Cells, config: EvaluateConfig, column: str) -> list[Fold]:
 
 
 def _states(cells: Cells, config: EvaluateConfig) -> list[Fold]:
-    """Each state held out beside a third of the patients: are its cells there stranger than the others?"""
-    import pandas as pd
-
+    """Each state held out beside a third of the patients, whose cells of that state should look strange."""
     labelled, patient = cells.truth_N >= 0, pd.Series(cells.patient_N)
     if patient[labelled].nunique() < TWO:
         raise EvaluateError(

@@ -6,8 +6,10 @@ import logging
 import multiprocessing
 import os
 import shutil
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,7 +114,7 @@ _HERE: list[Plan] = []
 
 def _start(plan: Plan) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("carvae.evaluation").setLevel(logging.INFO)
+    log.setLevel(logging.INFO)
     _HERE.append(plan)
 
 
@@ -135,8 +137,25 @@ def _work(plan: Plan, fold: int, seed: int) -> None:
     task.folder.mkdir(parents=True, exist_ok=True)
     for name in _open(plan, fold, seed):
         torch.set_num_threads(1)
-        found = answer(task, name, ALL[name])
+        with _hushed():
+            found = answer(task, name, ALL[name])
         save(found, path_of(task, name), key_of(task, name))
         log.info("%s %s, seed %d, %s: %.0f s", task.fold.design, task.fold.name, seed, name, found.seconds)
     for reference in task.folder.glob("scvi-*"):
         shutil.rmtree(reference, ignore_errors=True)
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Without the messages of the many trainings and their libraries; warnings and errors of ours are heard."""
+    names = ("carvae", "carvae.evaluation", "lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "scvi")
+    levels = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.WARNING if name.startswith("carvae") else logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
