@@ -106,7 +106,7 @@ def save(answer: Answer, path: Path, key: str) -> None:
 def load(path: Path, key: str) -> Answer | None:
     """The answer in a file; None where there is none, or one to another question."""
     try:
-        with np.load(path) as file:
+        with path.open("rb") as opened, np.load(opened) as file:
             if str(file["key"]) != key:
                 return None
             found: dict[str, Any] = {f.name: file[f.name] if f.name in file else None for f in fields(Answer)}

@@ -166,25 +166,33 @@ def _failures(metrics: dict[str, Any]) -> list[str]:
     if refused := metrics["identifiability"]["not_identifiable"]:
         found.append(f"No figure is given for {', '.join(refused)}: they cannot be told from batches here.")
     for design, values in metrics["designs"].items():
-        own = values["methods"].get(OWN)
-        if own is None:
-            continue
-        if design == "state":
-            blind = [f"{s} ({v['auroc']:.2f})" for s, v in own["states"].items() if v["auroc"] < KNOWN_BAD]
-            if blind:
-                found.append(f"Cells of these states, when new, look less strange than known ones: {', '.join(blind)}.")
-            continue
-        bad = [
-            f"{s} ({v['f1']:.2f}, {v['n_cells']:,} cells)" for s, v in own["per_class"].items() if v["f1"] < KNOWN_BAD
-        ]
-        if bad:
-            found.append(f"With {NAMES[design]}, F1 is below {KNOWN_BAD} for {', '.join(bad)}.")
-        for name, difference in values["differences"].items():
-            for key in ("accuracy", "macro_f1"):
-                if difference[key]["value"] < 0:
-                    found.append(f"With {NAMES[design]}, {name} has a better {FIGURES[key]}.")
-        if "set_coverage" in own and own["set_coverage"]["value"] < COVERAGE:
-            found.append(f"Sets for {COVERAGE:.0%} cover {own['set_coverage']['value']:.1%}: fewer than stated.")
+        if OWN in values["methods"]:
+            own = values["methods"][OWN]
+            found += _blind(own) if design == "state" else _weak(NAMES[design], own, values["differences"])
+    return found
+
+
+def _blind(own: dict[str, Any]) -> list[str]:
+    blind = [f"{state} ({v['auroc']:.2f})" for state, v in own["states"].items() if v["auroc"] < KNOWN_BAD]
+    return [f"Cells of these states, when new, look less strange than known ones: {', '.join(blind)}."] * bool(blind)
+
+
+def _weak(design: str, own: dict[str, Any], differences: dict[str, Any]) -> list[str]:
+    found = []
+    if bad := [
+        f"{s} ({v['f1']:.2f}, {v['n_cells']:,} cells)" for s, v in own["per_class"].items() if v["f1"] < KNOWN_BAD
+    ]:
+        found.append(f"With {design}, F1 is below {KNOWN_BAD} for {', '.join(bad)}.")
+    for name, difference in differences.items():
+        better = [FIGURES[key] for key in ("accuracy", "macro_f1") if difference[key]["value"] < 0]
+        found += [f"With {design}, {name} has a better {figure}." for figure in better]
+    if "ece_before" in own and own["ece"]["value"] > own["ece_before"]["value"]:
+        found.append(
+            f"With {design}, calibration made the calibration error greater "
+            f"({own['ece_before']['value']:.3f} to {own['ece']['value']:.3f})."
+        )
+    if "set_coverage" in own and own["set_coverage"]["value"] < COVERAGE:
+        found.append(f"Sets for {COVERAGE:.0%} cover {own['set_coverage']['value']:.1%}: fewer than stated.")
     return found
 
 
@@ -198,7 +206,7 @@ def _tripod(metrics: dict[str, Any]) -> list[str]:
         "5 data sources": f"{', '.join(studies)}; see Data",
         "6 participants": f"{patients} patients, as their studies enrolled them; nobody was chosen for this evaluation",
         "7 preparation": "raw counts, genes by HGNC symbol, all choices made on training cells; see settings",
-        "8 outcome": f"the author's label ({metrics['axis']}); who gave it knew the expression, so it is no blind truth",
+        "8 outcome": f"the author's label ({metrics['axis']}), given from the same expression: no independent truth",
         "9 predictors": "counts of genes alone; response, patient and clone never enter",
         "10 sample size": f"what is public: {sum(s['n_labelled'] for s in studies.values()):,} labelled cells; "
         "intervals are over patients",

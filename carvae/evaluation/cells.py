@@ -69,7 +69,7 @@ class Source:
 
     def own(self, rows: Rows) -> Rows:
         """Those of the given rows that are of this source, counted from its first."""
-        return rows[(rows >= self.first) & (rows < self.first + self.counts.shape[0])] - self.first
+        return np.asarray(rows[(rows >= self.first) & (rows < self.first + self.counts.shape[0])] - self.first)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,4 +1,4 @@
-"""Can states be told from batches at all, in these data?
+"""Whether states can be told from batches at all, in these data.
 
 A state and a batch are told apart only where the state meets another one inside a batch: in the two-way table of states
 and batches, contrasts are estimable within a connected part and nowhere else (Bose 1949; Searle 1971, Linear Models,

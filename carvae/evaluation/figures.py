@@ -183,6 +183,7 @@ def _integration(found: dict[str, Any]) -> Figure | None:
         name = f"{row['method']} (PCA)" if row["method"] == "knn" else row["method"]
         ax.plot(row["batch"], row["conserved"], mark, color=colour, markersize=9, label=name)
     ax.margins(0.15)
+    ax.locator_params(nbins=5)
     ax.set(xlabel="mixing of batches (scib-metrics)", ylabel="conserved: macro-F1 of a held-out vote")
     ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,7 +100,7 @@ def vote(space: Space, truth_N: NDArray[np.integer]) -> NDArray[np.integer]:
     return found
 
 
-def table_of(answers: dict[str, Sequence[Answer]], cells: Cells, batch: str, n_cells: int) -> list[dict[str, Any]]:
+def table_of(answers: Mapping[str, Sequence[Answer]], cells: Cells, batch: str, n_cells: int) -> list[dict[str, Any]]:
     """A row per method with a space: scores in the fold that asks most cells, and what all folds together conserved.
 
     ``over_corrected`` is true where a method mixes batches better than plain principal components and conserves less.

@@ -84,7 +84,9 @@ def _per_study(seeds: dict[int, list[Answer]], cells: Cells, scored: Sequence[st
         study = study_N[rows[may_score(cells, scored)[rows]]]
         for name in np.unique(study):
             found.setdefault(str(name), []).append(short_figures(every.take(study == name)))
-    return {name: pd.DataFrame(parts).mean().to_dict() for name, parts in found.items()}
+    return {
+        name: {key: float(np.mean([part[key] for part in parts])) for key in parts[0]} for name, parts in found.items()
+    }
 
 
 def short_figures(part: Pooled) -> dict[str, float]:
@@ -98,9 +100,7 @@ def short_figures(part: Pooled) -> dict[str, float]:
     }
 
 
-def sweeps(
-    seeds: dict[int, list[Answer]], cells: Cells, scored: Sequence[str], config: Config
-) -> list[dict[str, float | str]]:
+def sweeps(seeds: dict[int, list[Answer]], cells: Cells, scored: Sequence[str], config: Config) -> list[dict[str, Any]]:
     """A row per depth or share of missing genes: figures, and the share of the whole cells' macro-F1 that is kept."""
     if any(answer.sweep_PLS is None for answers in seeds.values() for answer in answers):
         return []
@@ -118,7 +118,7 @@ def sweeps(
         return []
     table = pd.DataFrame(found).groupby(["kind", "value"], sort=False).mean().reset_index()
     table["refused_by_default"] = (table["kind"] == "missing") & (1 - table["value"] < config.predict.min_overlap)
-    return table.to_dict("records")
+    return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
 
 
 def novelty_figures(answers: Answers, cells: Cells, folds: Sequence[Fold], seed: int) -> dict[str, Any]:

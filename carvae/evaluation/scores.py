@@ -8,7 +8,7 @@ Axes: N cells, S leaves, P patients, D draws, B bins, K seeds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,7 @@ class Pooled:
     @property
     def confidence_N(self) -> NDArray[np.floating]:
         """Greatest probability."""
-        return self.probability_NS.max(1)
+        return np.asarray(self.probability_NS.max(1))
 
     @property
     def right_N(self) -> NDArray[np.bool_]:
@@ -80,7 +80,7 @@ class Tally:
         np.add.at(confusion, (p_N, pooled.truth_N, pooled.probability_NS.argmax(1)), 1.0)
 
         def summed(values: NDArray[Any] | None) -> Array | None:
-            return None if values is None else np.bincount(p_N, weights=values.astype(float), minlength=n)
+            return None if values is None else np.bincount(p_N, weights=values.astype(float), minlength=n).astype(float)
 
         sets = pooled.set_NS
         return cls(
@@ -113,7 +113,7 @@ def _gaps(
 def accuracy(tally: Tally, weight_DP: Array) -> Array:
     """Share of the cells that are labelled right."""
     right_P = np.einsum("pss->p", tally.confusion_PSS)
-    return (weight_DP @ right_P) / (weight_DP @ tally.n_P)
+    return np.asarray((weight_DP @ right_P) / (weight_DP @ tally.n_P))
 
 
 def class_f1(tally: Tally, weight_DP: Array) -> Array:
@@ -143,13 +143,13 @@ def balanced_accuracy(tally: Tally, weight_DP: Array) -> Array:
 
 def ece(tally: Tally, weight_DP: Array) -> Array:
     """Expected calibration error (Guo et al. 2017, eq. 3)."""
-    return np.abs(weight_DP @ tally.gap_PB).sum(1) / (weight_DP @ tally.n_P)
+    return np.asarray(np.abs(weight_DP @ tally.gap_PB).sum(1) / (weight_DP @ tally.n_P))
 
 
 def ece_before(tally: Tally, weight_DP: Array) -> Array:
     """The same before calibration."""
     assert tally.raw_gap_PB is not None
-    return np.abs(weight_DP @ tally.raw_gap_PB).sum(1) / (weight_DP @ tally.n_P)
+    return np.asarray(np.abs(weight_DP @ tally.raw_gap_PB).sum(1) / (weight_DP @ tally.n_P))
 
 
 def _share_of(name: str) -> Callable[[Tally, Array], Array]:
@@ -225,7 +225,7 @@ def method_figures(by_seed: Sequence[Pooled], leaves: Sequence[str], weight_DP: 
 
 
 def differences(
-    own: Sequence[Pooled], others: dict[str, Sequence[Pooled]], weight_DP: Array
+    own: Sequence[Pooled], others: Mapping[str, Sequence[Pooled]], weight_DP: Array
 ) -> dict[str, dict[str, Any]]:
     """The first method's figures minus those of each other, under the same draws of patients."""
     patients = sorted(set(own[0].patient_N.astype(str)))
@@ -238,11 +238,13 @@ def differences(
 
 
 def selective(by_seed: Sequence[Pooled]) -> dict[str, float]:
-    """Share of the cells, the surest first -> their accuracy."""
+    """Share of the cells, the surest first -> their accuracy; equally sure cells count as their mean."""
     curves = []
     for pooled in by_seed:
-        order = np.argsort(-pooled.confidence_N, kind="stable")
-        right = pooled.right_N[order].cumsum() / np.arange(1, order.size + 1)
+        _, tie_N, size = np.unique(-pooled.confidence_N, return_inverse=True, return_counts=True)
+        mean_right = np.bincount(tie_N, weights=pooled.right_N.astype(float)) / size
+        order = np.argsort(tie_N, kind="stable")
+        right = mean_right[tie_N[order]].cumsum() / np.arange(1, order.size + 1)
         curves.append([right[max(1, round(c * order.size)) - 1] for c in COVERAGES])
     return {f"{c:g}": float(v) for c, v in zip(COVERAGES, np.mean(curves, axis=0), strict=True)}
 

@@ -99,4 +99,4 @@ Method = Callable[[Task], Fitted]
 
 def unsure(probability_NS: Floats) -> Floats:
     """One minus the greatest probability: the usual novelty of a classifier."""
-    return 1 - probability_NS.max(1)
+    return np.asarray(1 - probability_NS.max(1))
