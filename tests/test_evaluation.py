@@ -195,6 +195,18 @@ def test_a_few_strays_are_no_bridge_between_nested_states() -> None:
     assert identifiability(cells_of(truth, ["P1"] * 103 + ["P2"] * 102), ()).scored == ()
 
 
+def test_small_batches_with_a_stray_each_are_nested_all_the_same() -> None:
+    truth = ([0] * 19 + [1]) * 10 + ([1] * 19 + [0]) * 10
+    found = identifiability(cells_of(truth, [f"P{i // 20}" for i in range(400)]), ())
+    assert found.scored == ()
+    assert found.nestings[0].told == pytest.approx(0.9)
+
+
+def test_small_batches_of_all_states_are_no_nesting() -> None:
+    truth = [0, 0, 1, 1, 2, 2, 2, 0] * 5
+    assert identifiability(cells_of(truth, [f"P{i // 8}" for i in range(40)]), ()).scored == LEAVES
+
+
 def test_states_that_meet_in_batches_are_identifiable_though_none_has_all() -> None:
     chain = cells_of([0, 1] * 20 + [1, 2] * 20, ["P1"] * 40 + ["P2"] * 40)
     assert identifiability(chain, ()).scored == LEAVES

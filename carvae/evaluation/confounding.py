@@ -20,10 +20,13 @@ from scipy.sparse.csgraph import connected_components
 
 from carvae.evaluation.cells import Cells
 
-MIN_CELLS = 5
+MIN_CELLS = 2
 """Cells of a state that a batch must hold for the two to meet there, unless the state is rarer everywhere."""
 MIN_SHARE = 0.05
 """And the share of the state's cells or of the batch's, whichever is fewer: a few strays make no bridge."""
+NESTED = 0.9
+"""Share of the errors of guessing the commonest state that knowing the batch takes away (Goodman and Kruskal's lambda,
+1954), from which on states count as nested however they hang together."""
 TWO = 2
 
 
@@ -38,11 +41,13 @@ class Nesting:
     """States that can be told from each other, the part with most cells first."""
     best_guess: float
     """Share of the labelled cells whose state is the commonest of their batch: what the batch alone says."""
+    told: float
+    """Goodman and Kruskal's lambda."""
 
     @property
     def identifiable(self) -> tuple[str, ...]:
         """States whose figures mean something; none where even the largest part has one state."""
-        return self.parts[0] if self.parts and len(self.parts[0]) >= TWO else ()
+        return self.parts[0] if len(self.parts[0]) >= TWO and self.told < NESTED else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,4 +115,6 @@ def nesting(truth_N: NDArray[np.integer], batch_N: NDArray[np.str_], leaves: Seq
     named = [leaves[s] for s in table.index]
     cells = pd.Series(count_SB.sum(1)).groupby(part[:n_states]).sum().sort_values(ascending=False, kind="stable")
     parts = tuple(tuple(n for n, p in zip(named, part[:n_states], strict=True) if p == k) for k in cells.index)
-    return Nesting(column, n_batches, parts, float(count_SB.max(0).sum() / count_SB.sum()))
+    best, blind, n = count_SB.max(0).sum(), count_SB.sum(1).max(), count_SB.sum()
+    told = float((best - blind) / (n - blind)) if n > blind else 0.0
+    return Nesting(column, n_batches, parts, float(best / n), told)
