@@ -20,7 +20,7 @@ ROOT = PACKAGE.parent
 # A folder or a module on top stands on one floor and imports only from the floors below.
 FLOOR = {
     "errors": 0,
-    "config": 1,
+    **dict.fromkeys(("section", "config"), 1),
     **dict.fromkeys(("data", "labels"), 2),
     "model": 3,
     **dict.fromkeys(("ingest", "train", "predict", "map", "report"), 4),
@@ -29,8 +29,8 @@ FLOOR = {
     "cli": 7,
     "__main__": 8,
 }
-# Training rebuilds a store that is out of date.
-BESIDE = {("train", "ingest")}
+# Training rebuilds a store that is out of date; a config is made of sections.
+BESIDE = {("train", "ingest"), ("config", "section")}
 ONLY_IN = {
     "lightning": {"model/objective.py", "model/trainer.py"},
     "pytorch_lightning": {"model/trainer.py"},
