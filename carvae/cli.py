@@ -113,6 +113,15 @@ def explain(
 
 
 @app.command()
+def evaluate(config: ConfigFile, overrides: Overrides = None, quiet: Quiet = False) -> None:
+    """Hold out patients, studies or states; compare with the usual methods; write figures, tables and a model card."""
+    settings = _start(quiet, config, overrides)
+    from carvae.evaluate import run
+
+    run(settings)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo"), quiet: Quiet = False
 ) -> None:

@@ -6,24 +6,17 @@ differs from the YAML. A key that is not here is refused with the nearest key th
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from carvae.errors import ConfigError, join_problems
+from carvae.section import Section, apply, read_yaml, sentence
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-AnySection = TypeVar("AnySection", bound="Section")
-
-
-class Section(BaseModel):
-    """A frozen group of settings that refuses keys it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True)
 
 
 class StudyConfig(Section):
@@ -254,6 +247,35 @@ class ExplainConfig(Section):
     """Marker genes in groups: packaged name, or path to a YAML file in the format of the signatures."""
 
 
+class EvaluateConfig(Section):
+    """What is held out, what is compared, and on how much of the data."""
+
+    designs: tuple[Literal["patient", "study", "state", "reference"], ...] = ("patient",)
+    """Each patient, study or state held out in turn; ``reference``: train on some studies, label the others."""
+    hold_out: tuple[str, ...] = ()
+    """Only these patients, studies or states are held out; all in turn where empty."""
+    reference: tuple[str, ...] = ()
+    """Studies that the design ``reference`` trains on."""
+    methods: tuple[str, ...] = (
+        *("carvae", "majority", "logistic", "logistic_balanced", "knn", "scvi_logistic", "scanvi", "celltypist"),
+    )
+    """What is compared, each in the same folds."""
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
+    """Seeds of training; figures are means over them."""
+    depths: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.5, 0.25, 0.1, 0.05)
+    """Shares of the reads to which held-out cells are thinned."""
+    umis: tuple[Annotated[int, Field(ge=1)], ...] = (1000, 500)
+    """UMIs per cell to which they are thinned; a cell that has fewer stays as it is."""
+    missing: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
+    """Shares of all genes that held-out cells are deprived of, as if not measured."""
+    integration_cells: int = Field(1000, ge=0)
+    """Labelled cells on which the mixing of batches is scored, in the largest fold; 0 leaves it out."""
+    licences: dict[str, str] = Field(default_factory=dict)
+    """Study -> licence of its data, for the card."""
+    processes: int = Field(1, ge=1)
+    """Folds at a time, each with one thread; fewer where memory does not suffice."""
+
+
 class Config(Section):
     """All settings of a run."""
 
@@ -269,6 +291,7 @@ class Config(Section):
     plan: PlanConfig = Field(default_factory=PlanConfig)
     map: MapConfig = Field(default_factory=MapConfig)
     explain: ExplainConfig = Field(default_factory=ExplainConfig)
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
 
     @model_validator(mode="after")
     def _covariates_are_contract_names(self) -> Config:
@@ -287,9 +310,9 @@ class Config(Section):
             The file is missing or no YAML mapping, or a key or value is not allowed; all problems at once.
         """
         path = Path(path)
-        settings = _read_yaml(path)
+        settings = read_yaml(path)
         for override in overrides:
-            _apply(settings, override)
+            apply(settings, override)
         return cls.parse(settings, source=str(path))
 
     @classmethod
@@ -297,7 +320,7 @@ class Config(Section):
         """Return the defaults with ``section.key=value`` overrides applied; raises ConfigError."""
         settings: dict[str, Any] = {}
         for override in overrides:
-            _apply(settings, override)
+            apply(settings, override)
         return cls.parse(settings, source="the command line")
 
     @classmethod
@@ -306,7 +329,7 @@ class Config(Section):
         try:
             return cls.model_validate(settings)
         except ValidationError as error:
-            problems = [_sentence(cls, e["loc"], e["type"], e["msg"]) for e in error.errors()]
+            problems = [sentence(cls, e["loc"], e["type"], e["msg"]) for e in error.errors()]
             raise ConfigError(join_problems(f"{source} is not a valid config", problems)) from None
 
     def to_yaml(self) -> str:
@@ -339,61 +362,3 @@ def label_file(name: str) -> Path:
             raise ConfigError(f"label file {name!r} does not exist; give a path to a YAML file or a packaged name")
         return path
     return packaged(f"labels/{name}.yaml")
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"config file {str(path)!r} does not exist; see configs/reference.yaml for an example"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
-    if settings is None:
-        return {}
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{path} must hold `section: {{key: value}}`, found a {type(settings).__name__}")
-    return settings
-
-
-def _apply(settings: dict[str, Any], override: str) -> None:
-    key, sign, text = override.partition("=")
-    if not sign or not key:
-        raise ConfigError(f"{override!r} is not of the form section.key=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"the value of {override!r} cannot be read as YAML; quote it") from None
-    *parents, last = key.split(".")
-    for parent in parents:
-        settings = settings.setdefault(parent, {})
-        if not isinstance(settings, dict):
-            raise ConfigError(f"{override!r}: {parent!r} is a value, not a section")
-    settings[last] = value
-
-
-def _sentence(model: type[Section], location: tuple[int | str, ...], kind: str, message: str) -> str:
-    key = ".".join(str(part) for part in location)
-    if kind != "extra_forbidden":
-        return f"{key}: {message[0].lower()}{message[1:]}" if key else message.removeprefix("Value error, ")
-    known = _keys_at(model, location[:-1])
-    near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.0)
-    return f"{key} is not a key; the nearest is {near[0]!r}" if near else f"{key} is not a key"
-
-
-def _keys_at(model: type[Section], location: tuple[int | str, ...]) -> list[str]:
-    for part in location:
-        field = model.model_fields.get(str(part))
-        if field is None:  # inside a dict of sections: the key names an entry
-            continue
-        model = _section_in(field.annotation) or model
-    return list(model.model_fields)
-
-
-def _section_in(annotation: Any) -> type[Section] | None:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    if get_origin(annotation) in {dict, Union, tuple}:
-        return next((s for a in get_args(annotation) if (s := _section_in(a))), None)
-    return None

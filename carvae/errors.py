@@ -45,6 +45,10 @@ class TrainError(CarvaeError):
     """Training cannot start or cannot go on with these data and settings."""
 
 
+class EvaluateError(CarvaeError):
+    """An evaluation cannot be made of these data and settings, or would not be an honest one."""
+
+
 def join_problems(head: str, problems: Sequence[str]) -> str:
     """One message for several problems: ``head`` with a single problem after it, or a list below it.
 

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class _Part:
+class Part:
     """One opened file of a study, its cells' contract columns, and which of them stay."""
 
     study: str
@@ -79,7 +79,7 @@ def run(config: Config) -> Path:
 
 def _build(store: Path, fingerprint: str, config: Config) -> None:
     """Read everything, choose the panel, and put a complete store in place."""
-    parts = _open_all(config.ingest)
+    parts = open_all(config.ingest)
     signatures = Signatures.read(label_file(config.labels.signatures))
     universe = np.array(sorted({str(s) for part in parts for s in part.genes.symbols}), dtype=object)
     drawn, batch = _first_pass(parts, universe, config)
@@ -121,7 +121,7 @@ def _fingerprint(config: Config) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def _open_all(config: IngestConfig) -> list[_Part]:
+def open_all(config: IngestConfig) -> list[Part]:
     """Every file of every study, opened and harmonised; the problems of all studies are raised at once."""
     sources: dict[str, list[tuple[CountsSource, ResolvedGenes]]] = {}
     problems: list[CarvaeError] = []
@@ -135,7 +135,7 @@ def _open_all(config: IngestConfig) -> list[_Part]:
     raw = {name: pd.concat([source.obs for source, _ in opened]) for name, opened in sources.items()}
     harmonised = [inspect_obs(raw[name], name, study.obs, study.constants) for name, study in config.studies.items()]
     check_studies(harmonised)
-    parts: list[_Part] = []
+    parts: list[Part] = []
     for found in harmonised:
         for note in found.notes:
             log.info("%s", note)
@@ -183,15 +183,15 @@ def _label(obs: pd.DataFrame, name: str, study: StudyConfig) -> NDArray[np.objec
     return obs[study.label].astype("string").fillna("").to_numpy(dtype=object)
 
 
-def _parts(name: str, sources: Sequence[tuple[CountsSource, ResolvedGenes]], obs: pd.DataFrame) -> Iterator[_Part]:
+def _parts(name: str, sources: Sequence[tuple[CountsSource, ResolvedGenes]], obs: pd.DataFrame) -> Iterator[Part]:
     start = 0
     for source, genes in sources:
         own = obs.iloc[start : start + source.n_cells].copy()
         start += source.n_cells
-        yield _Part(name, source, genes, own, np.ones(source.n_cells, np.bool_))
+        yield Part(name, source, genes, own, np.ones(source.n_cells, np.bool_))
 
 
-def _without(patients: Sequence[str], parts: Sequence[_Part]) -> list[_Part]:
+def _without(patients: Sequence[str], parts: Sequence[Part]) -> list[Part]:
     """The parts with the cells of some patients left out."""
     everyone = {str(p) for part in parts for p in part.obs["patient"].unique()}
     if unknown := sorted(set(patients) - everyone):
@@ -208,7 +208,7 @@ def _without(patients: Sequence[str], parts: Sequence[_Part]) -> list[_Part]:
 
 
 def _first_pass(
-    parts: Sequence[_Part], universe: NDArray[np.object_], config: Config
+    parts: Sequence[Part], universe: NDArray[np.object_], config: Config
 ) -> tuple[sp.csr_matrix, NDArray[np.object_]]:
     """Check every count, total each cell, drop what is too shallow, and draw cells for the choice of genes."""
     rng = np.random.default_rng((config.seed, 1))
@@ -234,7 +234,7 @@ def _first_pass(
     return sp.vstack(drawn).tocsr(), np.concatenate(batch)
 
 
-def _batch(part: _Part, config: IngestConfig) -> NDArray[np.object_]:
+def _batch(part: Part, config: IngestConfig) -> NDArray[np.object_]:
     """Batch of each cell of a file, for the choice of genes."""
     if config.hvg_batch == "none":
         return np.full(len(part.obs), "all", dtype=object)
@@ -249,7 +249,7 @@ def _columns(symbols: NDArray[np.object_], target: NDArray[np.object_]) -> sp.cs
     return sp.csr_matrix((ones, (rows, position[rows])), shape=(len(symbols), len(target)))
 
 
-def _measured(parts: Sequence[_Part], studies: Sequence[str], universe: NDArray[np.object_]) -> NDArray[np.bool_]:
+def _measured(parts: Sequence[Part], studies: Sequence[str], universe: NDArray[np.object_]) -> NDArray[np.bool_]:
     """Bool [n_studies, universe]: genes that every file of the study holds."""
     measured = np.zeros((len(studies), len(universe)), np.bool_)
     for row, study in enumerate(studies):
@@ -258,7 +258,7 @@ def _measured(parts: Sequence[_Part], studies: Sequence[str], universe: NDArray[
     return measured
 
 
-def _write_part(writer: StoreWriter, part: _Part, panel: Panel, signatures: Signatures | None, chunk_size: int) -> None:
+def _write_part(writer: StoreWriter, part: Part, panel: Panel, signatures: Signatures | None, chunk_size: int) -> None:
     spread = _columns(part.genes.symbols, np.array(panel.genes, dtype=object))
     start = 0
     for chunk in part.source.chunks(chunk_size):
@@ -273,7 +273,7 @@ def _write_part(writer: StoreWriter, part: _Part, panel: Panel, signatures: Sign
         writer.append((chunk[keep] @ spread).tocsr().astype(np.int64), obs)
 
 
-def _receipt(parts: Sequence[_Part], panel: Panel) -> dict[str, Any]:
+def _receipt(parts: Sequence[Part], panel: Panel) -> dict[str, Any]:
     """What came in, per study."""
     studies: dict[str, Any] = {}
     for part in parts:

@@ -36,21 +36,17 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import scanpy as sc
-import scib_metrics
 import scvi
 import torch
 from numpy.typing import NDArray
-from scib_metrics.nearest_neighbors import pynndescent
 
 from carvae.config import Config
+from carvae.evaluation.cells import MISSING
+from carvae.evaluation.integration import scores
 from carvae.predict import embed
 from carvae.train import run as train
 
 N_GENES = 2000
-MISSING = "Unlabelled"
-BIO_WEIGHT = 0.6
-N_NEIGHBORS = 90
-"""For LISI; kBET looks at the first 50 of them and graph connectivity at the first 15, as in the Benchmarker."""
 QUIET: dict[str, Any] = {"accelerator": "cpu", "enable_progress_bar": False}
 RECIPE = (
     "model.n_layers=2",
@@ -132,42 +128,13 @@ def carvae(adata: ad.AnnData, seed: int, overrides: tuple[str, ...]) -> Embeddin
         return np.asarray(embed(cells, bundle).obsm["X_carvae"], dtype=np.float32)
 
 
-def scores(z_NK: Embedding, adata: ad.AnnData) -> dict[str, float]:
-    """All scores of one embedding, and their means: ``bio``, ``batch`` and ``total``."""
-    batch_N, label_N = adata.obs["batch"].to_numpy(str), adata.obs["label"].to_numpy(str)
-    known_N = label_N != MISSING
-    z_LK, batch_L, label_L = z_NK[known_N], batch_N[known_N], label_N[known_N]
-    near_N = pynndescent(z_NK, N_NEIGHBORS)
-    near_L = near_N if known_N.all() else pynndescent(z_LK, N_NEIGHBORS)
-    kmeans = scib_metrics.nmi_ari_cluster_labels_kmeans(z_LK, label_L)
-    bio = {
-        "isolated labels": scib_metrics.isolated_labels(z_LK, label_L, batch_L),
-        "NMI": kmeans["nmi"],
-        "ARI": kmeans["ari"],
-        "silhouette": scib_metrics.silhouette_label(z_LK, label_L),
-        "cLISI": scib_metrics.clisi_knn(near_L, label_L),
-    }
-    batch = {
-        "iLISI": scib_metrics.ilisi_knn(near_N, batch_N),
-        "graph connectivity": scib_metrics.graph_connectivity(near_L.subset_neighbors(15), label_L),
-        "PCR": scib_metrics.pcr_comparison(adata.obsm["X_pca"], z_NK, batch_N, categorical=True),
-    }
-    if len(set(batch_L)) > 1:
-        batch["BRAS"] = scib_metrics.bras(z_LK, label_L, batch_L)
-        batch["kBET"] = scib_metrics.kbet_per_label(near_L.subset_neighbors(50), batch_L, label_L)
-    else:
-        batch["kBET"] = scib_metrics.kbet(near_N.subset_neighbors(50), batch_N)[0]
-    means = {"bio": float(np.mean(list(bio.values()))), "batch": float(np.mean(list(batch.values())))}
-    total = BIO_WEIGHT * means["bio"] + (1 - BIO_WEIGHT) * means["batch"]
-    return {name: float(value) for name, value in (means | {"total": total} | bio | batch).items()}
-
-
 def run(name: str, data: Path, seeds: tuple[int, ...], overrides: tuple[str, ...]) -> pd.DataFrame:
     """Every method on one data set: a row per method, with the mean over the seeds."""
     adata = read(data, DATASETS[name])
     torch.set_num_threads(1)  # here, since the choice of genes (numba) gives torch all threads again
     print(f"{name}: {adata.n_obs} cells, {adata.n_vars} genes, {adata.obs['batch'].nunique()} batches", flush=True)
-    rows = [{"method": "PCA", "seconds": 0.0} | scores(adata.obsm["X_pca"], adata)]
+    known = (adata.obs["batch"].to_numpy(str), adata.obs["label"].to_numpy(str), adata.obsm["X_pca"])
+    rows = [{"method": "PCA", "seconds": 0.0} | scores(adata.obsm["X_pca"], *known)]
     for seed in seeds:
         start = time.perf_counter()
         embeddings = scvi_and_scanvi(adata, seed)
@@ -176,7 +143,7 @@ def run(name: str, data: Path, seeds: tuple[int, ...], overrides: tuple[str, ...
         seconds = {"carvae": time.perf_counter() - middle}
         for method, z_NK in embeddings.items():
             took = seconds.get(method, middle - start)
-            rows.append({"method": method, "seconds": took} | scores(z_NK, adata))
+            rows.append({"method": method, "seconds": took} | scores(z_NK, *known))
             print(f"seed {seed} " + " ".join(f"{k}={v}" for k, v in list(rows[-1].items())[:5]), flush=True)
     table = pd.DataFrame(rows).groupby("method", sort=False).mean()
     print(table.round(3).T.to_string(), flush=True)

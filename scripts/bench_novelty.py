@@ -27,7 +27,6 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
-from baselines import logistic
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score
@@ -37,10 +36,10 @@ from carvae.config import Config
 from carvae.data.genes import GeneTable, align
 from carvae.data.split import PatientSplit, patient_folds
 from carvae.data.store import CellStore
+from carvae.evaluation.baselines import logistic
 from carvae.ingest import run as ingest
 from carvae.model.bundle import leaf_parts
-from carvae.model.cohort import LABEL, Cohort
-from carvae.model.cohort import _labels as labels_of
+from carvae.model.cohort import LABEL, Cohort, labels_of
 from carvae.model.network import Network
 from carvae.model.novelty import VIEWS, observe, views
 from carvae.model.trust import Trust

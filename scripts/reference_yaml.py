@@ -13,7 +13,8 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic.fields import FieldInfo
 
-from carvae.config import Config, Section, StudyConfig
+from carvae.config import Config, StudyConfig
+from carvae.section import Section
 
 TARGET = Path(__file__).resolve().parent.parent / "configs" / "reference.yaml"
 WIDTH = 118

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from carvae.config import Config, Section, StudyConfig, label_file, packaged
+from carvae.config import Config, StudyConfig, label_file, packaged
 from carvae.errors import ConfigError
+from carvae.section import Section
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = packaged("reference.yaml")

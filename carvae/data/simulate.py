@@ -116,6 +116,8 @@ class StudyDesign:
     """Today's symbols, some symbols of years ago (:data:`OLD_SYMBOLS`), or Ensembl ids with a version."""
     transgene: str = "CAR"
     """Name of the CAR in this study's reference genome."""
+    states: tuple[str, ...] = ()
+    """The states that occur in this study, all where empty. One in each study: states and studies are confounded."""
 
 
 STUDIES = (
@@ -306,11 +308,13 @@ def _draw_cells(rng: np.random.Generator, states: Sequence[str], design: StudyDe
     fails = rng.permutation(design.n_patients) % 2 == 1
     sex = rng.choice(list(SEX), size=design.n_patients)
     state = np.empty(n_cells, dtype=np.int64)
+    present = np.flatnonzero(np.isin(states, design.states)) if design.states else np.arange(len(states))
     for patient in range(design.n_patients):
         for day in design.days:
             weight = np.array([(h.later if day else h.product) * (h.failure if fails[patient] else 1) for h in habits])
             here = (patients == patient) & (days == day)
-            state[here] = rng.choice(len(states), size=here.sum(), p=rng.dirichlet(12 * weight / weight.sum()))
+            weight = weight[present]
+            state[here] = rng.choice(present, size=here.sum(), p=rng.dirichlet(12 * weight / weight.sum()))
     names = np.array([f"{design.name}_P{p + 1}" for p in range(design.n_patients)])[patients]
     return pd.DataFrame(
         {

@@ -7,6 +7,13 @@ from typing import Any
 
 from carvae.model.bundle import Bundle
 
+INTENDED_USE = (
+    "Embedding and cell-state labelling of T cells in CAR-T single-cell RNA-seq, for research. Not a diagnostic,\n"
+    "and not validated for decisions on patients."
+)
+SAME_STUDIES = "Scores are of patients held out of the same studies; another laboratory's data may do worse."
+LICENCES = "The licences of the training data apply to this model;"
+
 
 def write_card(bundle: Bundle) -> str:
     """Return the card of a bundle as Markdown."""
@@ -18,8 +25,7 @@ def write_card(bundle: Bundle) -> str:
         "",
         "## Intended use",
         "",
-        "Embedding and cell-state labelling of T cells in CAR-T single-cell RNA-seq, for research. Not a diagnostic,",
-        "and not validated for decisions on patients. " + _strangers(bundle),
+        f"{INTENDED_USE} {_strangers(bundle)}",
         "",
         "## Training data",
         "",
@@ -37,13 +43,13 @@ def write_card(bundle: Bundle) -> str:
         *_trust(bundle),
         "## Limits",
         "",
-        "- Scores are of patients held out of the same studies; another laboratory's data may do worse.",
+        f"- {SAME_STUDIES}",
         *(
             ["- The confidence is the softmax probability as trained; see the calibration error above."]
             if bundle.trust is None
             else []
         ),
-        "- The licences of the training data apply to this model; carvae cannot know them: name them before sharing.",
+        f"- {LICENCES} carvae cannot know them: name them before sharing.",
         "",
     ]
     return "\n".join(lines)

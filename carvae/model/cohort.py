@@ -69,7 +69,7 @@ class Cohort:
             covariate_NC=np.stack([*codes.values()], axis=1) if codes else np.zeros((len(obs), 0), np.int64),
             n_categories={name: int(code.max()) + 1 for name, code in codes.items()},
             study_N=pd.Categorical(obs[SOURCE].astype(str), categories=store.header.studies).codes.astype(np.int64),
-            cohort_labels=_labels(obs, config),
+            cohort_labels=labels_of(obs, config),
         )
 
     @property
@@ -167,7 +167,8 @@ def _known_categories(covariate_NC: NDArray[np.int64], train: NDArray[np.int64])
     return known
 
 
-def _labels(obs: pd.DataFrame, config: Config) -> CohortLabels | None:
+def labels_of(obs: pd.DataFrame, config: Config) -> CohortLabels | None:
+    """Labels of cells with the store's columns, on the tree of the config; None where no study has any."""
     how = {
         name: StudyLabels(
             mapping=None if study.mapping is None else label_file(study.mapping),

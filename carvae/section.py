@@ -1,0 +1,82 @@
+"""What a section of settings is, how YAML and the command line become one, and what is said of a wrong key.
+
+The settings themselves stand in `carvae.config`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict
+
+from carvae.errors import ConfigError
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a file; raises ConfigError where there is none."""
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"config file {str(path)!r} does not exist; see configs/reference.yaml for an example"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} must hold `section: {{key: value}}`, found a {type(settings).__name__}")
+    return settings
+
+
+def apply(settings: dict[str, Any], override: str) -> None:
+    """Set ``section.key=value`` in nested settings; raises ConfigError where it is not of that form."""
+    key, sign, text = override.partition("=")
+    if not sign or not key:
+        raise ConfigError(f"{override!r} is not of the form section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"the value of {override!r} cannot be read as YAML; quote it") from None
+    *parents, last = key.split(".")
+    for parent in parents:
+        settings = settings.setdefault(parent, {})
+        if not isinstance(settings, dict):
+            raise ConfigError(f"{override!r}: {parent!r} is a value, not a section")
+    settings[last] = value
+
+
+def sentence(model: type[Section], location: tuple[int | str, ...], kind: str, message: str) -> str:
+    """A problem that pydantic found, in words; for an unknown key the nearest that exists."""
+    key = ".".join(str(part) for part in location)
+    if kind != "extra_forbidden":
+        return f"{key}: {message[0].lower()}{message[1:]}" if key else message.removeprefix("Value error, ")
+    known = _keys_at(model, location[:-1])
+    near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.0)
+    return f"{key} is not a key; the nearest is {near[0]!r}" if near else f"{key} is not a key"
+
+
+def _keys_at(model: type[Section], location: tuple[int | str, ...]) -> list[str]:
+    for part in location:
+        field = model.model_fields.get(str(part))
+        if field is None:  # inside a dict of sections: the key names an entry
+            continue
+        model = _section_in(field.annotation) or model
+    return list(model.model_fields)
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    if get_origin(annotation) in {dict, Union, tuple}:
+        return next((s for a in get_args(annotation) if (s := _section_in(a))), None)
+    return None
