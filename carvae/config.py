@@ -260,7 +260,7 @@ class EvaluateConfig(Section):
         *("carvae", "majority", "logistic", "logistic_balanced", "knn", "scvi_logistic", "scanvi", "celltypist"),
     )
     """What is compared, each in the same folds."""
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1)
     """Seeds of training; figures are means over them."""
     depths: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.5, 0.25, 0.1, 0.05)
     """Shares of the reads to which held-out cells are thinned."""

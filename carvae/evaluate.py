@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from carvae import __version__
-from carvae.config import Config
+from carvae.config import Config, EvaluateConfig
 from carvae.data.atomic import replacing_folder
 from carvae.errors import ConfigError, EvaluateError
 from carvae.evaluation import figures, runs
@@ -43,15 +43,21 @@ def run(config: Config) -> Path:
     """
     check_place(config.output)
     methods = installed(checked_methods(config.evaluate.methods))
+    check_integration(config.evaluate, methods)
     cells = Cells.read(config)
     allowed = identifiability(cells, config.model.covariates)
     (log.warning if allowed.refused else log.info)("%s", allowed.sentence)
-    folds = {design: folds_of(design, cells, config.evaluate) for design in config.evaluate.designs}
+    folds = {
+        design: [fold for fold in folds_of(design, cells, config.evaluate) if fold.state not in allowed.refused]
+        for design in config.evaluate.designs
+    }
     metrics = _head(config, cells, allowed, methods)
     if allowed.scored:
         fingerprint = cells.fingerprint
         for design, found in folds.items():
             log.info("design %s: %d folds", design, len(found))
+            if not found:  # all its states are refused, which the sentence above says
+                continue
             plan = runs.Plan(config, cells, fingerprint, found, methods)
             runs.run(plan)
             metrics["designs"][design] = _figures(design, found, plan, allowed)
@@ -81,6 +87,22 @@ def installed(methods: tuple[str, ...]) -> tuple[str, ...]:
         log.warning("%s; the others run", NO_CELLTYPIST)
         methods = tuple(name for name in methods if name != "celltypist")
     return methods
+
+
+def check_integration(config: EvaluateConfig, methods: tuple[str, ...]) -> None:
+    """Raise EvaluateError, before anything is trained, where the mixing of batches could not be scored."""
+    if not config.integration_cells or not set(config.designs) - {"state"}:
+        return
+    if importlib.util.find_spec("scib_metrics") is None:
+        raise EvaluateError(
+            "scib-metrics is not installed; `pip install scib-metrics` (extra `bench`) or set "
+            "evaluate.integration_cells=0"
+        )
+    if "knn" not in methods:
+        raise EvaluateError(
+            "the mixing of batches is scored against the principal components of `knn`, which is not in "
+            "evaluate.methods; add it, or set evaluate.integration_cells=0"
+        )
 
 
 def check_place(output: Path) -> None:

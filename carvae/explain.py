@@ -31,6 +31,8 @@ GENES, CELLS, MARKERS, PLOT, MISSING = "genes.csv", "cells.csv", "markers.csv", 
 CELLS_AT_A_TIME = 256
 MIN_CELLS = 5
 """Cells of a state without which it is no part of the baseline."""
+MIN_STATES = 2
+"""States with that many cells, below which there is nothing to tell a state from."""
 REST = "(all other genes)"
 PREDICTED, AUTHOR = "predicted", "author"
 NO_AUTHOR = "(none)"
@@ -155,6 +157,13 @@ def _explained(
             raise CountsError(
                 "every cell of the query is unknown to the model, so there is no call to explain; look at what `carvae "
                 "annotate` says of it, or lower predict.min_counts"
+            )
+        if sum((label_N == state).sum() >= MIN_CELLS for state in range(len(leaves))) < MIN_STATES:
+            log.warning(
+                "axis %s: fewer than two states have %d cells in the query; genes are told against the mean of its own "
+                "states, so what all its cells share is not among them",
+                axis,
+                MIN_CELLS,
             )
         start = baseline(panel, label_N, MIN_CELLS)
         sums = _Sums.empty(len(leaves), panel.shape[1])

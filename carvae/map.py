@@ -80,9 +80,9 @@ def run(query: Path, model: Path, out: Path, config: MapConfig, predict: Predict
         The query, the model or a setting cannot be used; nothing is written then.
     """
     check_place(out)
-    if out.resolve() == model.resolve():
+    if model.resolve() in (out.resolve(), *out.resolve().parents):
         raise BundleError(
-            f"--out {str(out)!r} is the model itself; choose another folder, and the model stays as it is"
+            f"--out {str(out)!r} is the model itself or lies in it; choose another folder, and the model stays as it is"
         )
     mapped = _mapped(query, load(model), config, predict, seed)
     with replacing_file(out.with_name(f"{out.name}.samples.csv")) as table:
@@ -194,7 +194,7 @@ def _held_out(sample_N: NDArray[np.intp], share: float, rng: np.random.Generator
     if held_N.sum() < MIN_HELD_OUT or held_N.all():
         raise CountsError(
             f"the query has {len(sample_N):,} cells, too few to hold {MIN_HELD_OUT} out and tell whether rows help; "
-            "map more cells, or use the model as it is"
+            "map more cells, raise map.held_out, or use the model as it is"
         )
     return held_N
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,8 +37,9 @@ class Fold:
 
     @property
     def file(self) -> str:
-        """Name of its folder."""
-        return re.sub(r"[^A-Za-z0-9.-]+", "_", self.name)
+        """Name of its folder; names that differ have folders that differ."""
+        plain = re.sub(r"[^A-Za-z0-9.-]+", "_", self.name)
+        return plain if plain == self.name else f"{plain}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}"
 
 
 def checked(fold: Fold, cells: Cells) -> Fold:

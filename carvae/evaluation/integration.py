@@ -19,15 +19,18 @@ from numpy.typing import NDArray
 from sklearn.metrics import f1_score
 from sklearn.neighbors import KNeighborsClassifier
 
-from carvae.errors import EvaluateError
 from carvae.evaluation.answers import Answer
 from carvae.evaluation.cells import MISSING, Cells
+
+log = logging.getLogger(__name__)
 
 BIO_WEIGHT = 0.6
 """As in scIB (Luecken et al. 2022)."""
 N_NEIGHBORS = 90
 """For LISI; kBET looks at the first 50 of them and graph connectivity at the first 15, as in the Benchmarker."""
 VOTES = 15
+MIN_CELLS = 200
+"""Fewer cells than this are no place to look for 90 neighbours."""
 Embedding = NDArray[np.float32]
 Strings = NDArray[np.str_]
 
@@ -103,35 +106,25 @@ def vote(space: Space, truth_N: NDArray[np.integer]) -> NDArray[np.integer]:
 def table_of(answers: Mapping[str, Sequence[Answer]], cells: Cells, batch: str, n_cells: int) -> list[dict[str, Any]]:
     """A row per method with a space: scores in the fold that asks most cells, and what all folds together conserved.
 
-    ``over_corrected`` is true where a method mixes batches better than plain principal components and conserves less.
-
-    Raises
-    ------
-    EvaluateError
-        scib-metrics is not installed.
+    ``knn`` is among the methods: its space is the plain principal components. ``over_corrected`` is true where a method
+    mixes batches better than they do and conserves less. Empty with too few labelled cells for scib-metrics.
     """
-    try:
-        import scib_metrics  # noqa: F401
-    except ImportError:
-        raise EvaluateError(
-            "scib-metrics is not installed; `pip install scib-metrics` (extra `bench`) or set "
-            "evaluate.integration_cells=0"
-        ) from None
     logging.getLogger("scib_metrics").setLevel(logging.ERROR)
     spaces = {name: [Space.of(answer, cells) for answer in folds] for name, folds in answers.items()}
+    plain_spaces = [space for space in spaces["knn"] if space is not None]
+    if min(n_cells, *(space.rows_N.size for space in plain_spaces)) < MIN_CELLS:
+        log.warning("fewer than %d labelled cells: the mixing of batches is not scored", MIN_CELLS)
+        return []
     rows = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name, found in spaces.items():
             own = [space for space in found if space is not None]
             if own and len(own) == len(found):
-                rows.append(
-                    _row(name, own, [s for s in spaces.get("knn", []) if s is not None], (cells, batch, n_cells))
-                )
-    plain = next((row for row in rows if row["method"] == "knn"), None)
+                rows.append(_row(name, own, plain_spaces, (cells, batch, n_cells)))
+    plain = next(row for row in rows if row["method"] == "knn")
     for row in rows:
-        better = plain is not None and row is not plain and row["batch"] > plain["batch"]
-        row["over_corrected"] = bool(plain is not None and better and row["conserved"] < plain["conserved"])
+        row["over_corrected"] = bool(row["batch"] > plain["batch"] and row["conserved"] < plain["conserved"])
     return rows
 
 
@@ -140,7 +133,7 @@ def _row(name: str, own: list[Space], plain: list[Space], how: tuple[Cells, str,
     batch_N = cells.obs[batch].astype(str).to_numpy(dtype=str)
     label_N = np.array(cells.leaves, dtype=str)[cells.truth_N]
     f = int(np.argmax([space.rows_N.size - space.n_train for space in own]))
-    space, reference = own[f], (plain or own)[f]
+    space, reference = own[f], plain[f]
     chosen = np.sort(np.random.default_rng(6).permutation(space.rows_N.size)[:n_cells])
     names, n_of = np.unique(label_N[space.rows_N[chosen]], return_counts=True)
     chosen = chosen[np.isin(label_N[space.rows_N[chosen]], names[n_of > 1])]  # of one cell nothing can be said
