@@ -268,7 +268,8 @@ def test_genes_that_were_not_measured_say_nothing() -> None:
             changed.network.vae.decoder.scale.bias.data[4] += more
             losses.append(RowFit(changed.network, {}).nll(cells, {}, 0))
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
-    assert (losses[3] > losses[2] + 1).mean() > 0.9
+    assert (losses[3] > losses[2]).mean() > 0.9  # where it was measured, its zeros count against it
+    assert np.median(losses[3] - losses[2]) > 1
 
 
 @pytest.mark.parametrize(
