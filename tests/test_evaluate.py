@@ -7,6 +7,7 @@ import json
 import struct
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -15,10 +16,10 @@ import yaml
 from trained import PROGRAMMES, World, carvae, settings, write_config
 
 import carvae as package
-from carvae.config import Config
+from carvae.config import Config, EvaluateConfig
 from carvae.data.simulate import STUDIES, SimulationSettings, simulate_studies, write_studies
 from carvae.errors import EvaluateError
-from carvae.evaluate import checked_methods, installed
+from carvae.evaluate import check_integration, checked_methods, installed
 from carvae.evaluation import figures, runs
 from carvae.evaluation.cells import WHOLE, Cells
 from carvae.evaluation.folds import folds_of
@@ -168,6 +169,7 @@ def test_each_state_held_out_is_scored_by_novelty(world: World, tmp_path: Path) 
         ({"hold_out": ["sim_lymphoma_P11"]}, "the nearest is 'sim_lymphoma_P1'"),
         ({"designs": ["patients"]}, "evaluate.designs"),
         ({"depths": [1.5]}, "evaluate.depths"),
+        ({"seeds": []}, "evaluate.seeds"),
     ],
 )
 def test_bad_settings_are_one_sentence_and_write_nothing(
@@ -179,6 +181,21 @@ def test_bad_settings_are_one_sentence_and_write_nothing(
     assert says in answer.err
     assert "Traceback" not in answer.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("found", "methods", "says"),
+    [
+        (None, ("carvae", "knn"), "scib-metrics is not installed"),
+        (object(), ("carvae",), "components of `knn`"),
+    ],
+)
+def test_what_scores_mixing_is_asked_for_first(found: Any, methods: tuple[str, ...], says: str) -> None:
+    with mock.patch("importlib.util.find_spec", return_value=found):
+        with pytest.raises(EvaluateError, match=says):
+            check_integration(EvaluateConfig(), methods)
+        check_integration(EvaluateConfig(integration_cells=0), methods)
+        check_integration(EvaluateConfig(designs=("state",)), methods)
 
 
 def test_studies_without_labels_have_nothing_to_score(world: World, tmp_path: Path) -> None:

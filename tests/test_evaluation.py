@@ -305,6 +305,14 @@ def test_figures_of_seeds_are_their_mean() -> None:
     assert found["seeds"][0] != found["seeds"][1]
 
 
+def test_names_that_differ_have_folders_that_differ() -> None:
+    rows = np.arange(2)
+    files = [Fold("patient", name, rows, rows).file for name in ("P 1", "P_1", "P/1", "患者1", "患者2", "P01")]
+    assert len(set(files)) == len(files)
+    assert files[-1] == "P01"
+    assert not any("/" in file for file in files)
+
+
 # --- methods and answers ---------------------------------------------------------------------------------------------
 
 
