@@ -6,7 +6,6 @@ What comes out: metrics.json, table.csv, figures as PNG and card.md in the outpu
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import json
 import logging
@@ -26,6 +25,7 @@ from carvae.evaluation.confounding import Identifiability, identifiability
 from carvae.evaluation.folds import Fold, folds_of
 from carvae.evaluation.integration import table_of as integration_table
 from carvae.evaluation.results import OWN, label_figures, novelty_figures, table_of
+from carvae.labels.read import nearest
 
 log = logging.getLogger(__name__)
 
@@ -71,9 +71,8 @@ def checked_methods(methods: Sequence[str]) -> tuple[str, ...]:
     """The methods, each known; raises EvaluateError with the nearest name for one that is not."""
     for name in methods:
         if name not in runs.ALL:
-            near = difflib.get_close_matches(name, runs.ALL, n=1, cutoff=0.0)
             raise EvaluateError(
-                f"evaluate.methods names {name!r}, which is no method; the nearest is {near[0]!r} "
+                f"evaluate.methods names {name!r}, which is no method{nearest(name, runs.ALL)} "
                 f"(there are {', '.join(runs.ALL)})"
             )
     if not methods:

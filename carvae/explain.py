@@ -6,7 +6,7 @@ Axes: N cells, G genes of the model, E marker genes, S states.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from carvae.labels.axis import RESERVED
 from carvae.labels.signatures import Signatures
 from carvae.model.attribution import Attribution, Baseline, attribute, baseline, normalised
 from carvae.model.bundle import Bundle, load
-from carvae.model.query import UNKNOWN, Query, Samples, calls, read
+from carvae.model.query import UNKNOWN, Calls, Query, Samples, calls, read
 
 log = logging.getLogger(__name__)
 
@@ -80,9 +80,9 @@ def run(query: Path, model: Path, out: Path, config: ExplainConfig, predict: Pre
         raise BundleError("this model was trained without labels, so there are no calls to explain")
     panels = Signatures.read(label_file(config.markers)).items
     cells = _read(query, bundle, config, predict, tuple(dict.fromkeys(g for p in panels for g in p.genes)), seed)
-    states, singles = _explained(bundle, cells, config, predict)
-    called_N = _called(bundle, cells, predict)
-    table = marker_table(cells, called_N, [*bundle.tree[bundle.axes[0]].leaves, RESERVED])
+    said = calls(cells.query.panel, bundle, predict, cells.query.present_G)
+    states, singles = _explained(bundle, cells, said, config)
+    table = marker_table(cells, _called(bundle, said), [*bundle.tree[bundle.axes[0]].leaves, RESERVED])
     out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         names = [GENES, *([CELLS] if config.barcodes else []), MARKERS, MISSING, PLOT]
@@ -134,21 +134,19 @@ def _author(sources: Sequence[CountsSource], column: str) -> NDArray[np.object_]
     return np.concatenate(found)
 
 
-def _called(bundle: Bundle, cells: Read, predict: PredictConfig) -> NDArray[np.object_]:
+def _called(bundle: Bundle, said: Mapping[str, Calls]) -> NDArray[np.object_]:
     """State of each cell on the main axis, or `RESERVED`."""
     assert bundle.tree is not None
     main = bundle.axes[0]
-    label_N = calls(cells.query.panel, bundle, predict, cells.query.present_G)[main].label_N
-    return np.array([*bundle.tree[main].leaves, RESERVED], dtype=object)[label_N]  # unknown is -1, the last
+    return np.array([*bundle.tree[main].leaves, RESERVED], dtype=object)[said[main].label_N]  # unknown is -1, the last
 
 
 def _explained(
-    bundle: Bundle, cells: Read, config: ExplainConfig, predict: PredictConfig
+    bundle: Bundle, cells: Read, said: Mapping[str, Calls], config: ExplainConfig
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The tables of states and of single cells."""
     assert bundle.tree is not None
     panel = cells.query.panel
-    said = calls(panel, bundle, predict, cells.query.present_G)
     best = {axis: p_NS.argmax(1) for axis, p_NS in bundle.network.predict(panel).probability_NS.items()}
     states, singles, errors = [], [], [np.zeros(0)]
     for axis in bundle.axes:

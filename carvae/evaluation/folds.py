@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import re
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from carvae.config import EvaluateConfig
 from carvae.data.split import patient_folds
 from carvae.errors import EvaluateError
 from carvae.evaluation.cells import Cells, Rows
+from carvae.labels.read import nearest
 
 MIN_STATE_CELLS = 5
 """Held-out cells of a state without which its novelty is not judged."""
@@ -155,9 +155,8 @@ def _reference(cells: Cells, config: EvaluateConfig) -> list[Fold]:
 def _chosen(names: list[str], wanted: tuple[str, ...], what: str) -> list[str]:
     """The names that are wanted, or all."""
     if unknown := [name for name in wanted if name not in names]:
-        near = difflib.get_close_matches(unknown[0], names, n=1, cutoff=0.0)
         raise EvaluateError(
-            f"{unknown[0]!r} is none of the {what} with labelled cells; the nearest is {near[0]!r} "
+            f"{unknown[0]!r} is none of the {what} with labelled cells{nearest(unknown[0], names)} "
             f"(there are {', '.join(names)})"
         )
     return [name for name in names if not wanted or name in wanted]
