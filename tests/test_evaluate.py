@@ -133,7 +133,7 @@ def test_states_nested_in_batches_get_no_figures(tmp_path: Path, caplog: pytest.
     config = {
         "output": str(tmp_path / "out"),
         "ingest": {"studies": {s.name: study | {"path": str(tmp_path / f"{s.name}.h5ad")} for s in nested}},
-        "evaluate": {"designs": ["patient", "study"]},
+        "evaluate": {"designs": ["patient", "study"], "integration_cells": 0},
     }
     answer = carvae("evaluate", write_config(tmp_path / "eval.yaml", config))
     assert answer.code == 0, answer.err
