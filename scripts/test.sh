@@ -10,7 +10,7 @@ check() {
 check ruff check
 check ruff format --check
 check mypy carvae
-check pytest "$@"
+check pytest -n 2 --dist loadfile "$@"  # a file at a time, since fixtures of a module are dear
 
 if [ ${#failed[@]} -gt 0 ]; then
     stop "FAILED after $SECONDS s: $(printf '%s, ' "${failed[@]}" | sed 's/, $//')."
