@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import log_softmax
 
-from carvae.model.calibration import COVERAGES, Bins, Calibration, fit_temperature, set_scores, tempered
+from carvae.model.calibration import COVERAGES, Bins, Calibration, Seen, Temperatures, set_scores, tempered
 from carvae.model.metrics import expected_calibration_error
 
 N_LEAVES = 4
@@ -24,13 +24,14 @@ def fit(log_p: np.ndarray, truth: np.ndarray, patient: np.ndarray | None = None,
     """Fitted on cells of one patient, of one depth and with all genes, unless said otherwise."""
     counts, bins = where.get("counts", np.ones(truth.size)), where.get("bins", ONE_BIN)
     whose = np.full(truth.size, "P1", dtype=object) if patient is None else patient
-    return Calibration.fit(log_p, truth, bins, counts, np.ones(truth.size), whose)
+    seen = Seen(log_p, truth, counts, np.ones(truth.size), whose, np.zeros(truth.size))
+    return Calibration.fit(seen, bins, Temperatures.fit(seen))
 
 
 def temperature(log_p: np.ndarray, truth: np.ndarray, counts: np.ndarray, patient: np.ndarray, at: float) -> float:
     """Temperature of a new patient's cells of depth ``at``."""
-    condition = np.stack([np.log1p(counts), np.ones(truth.size)], axis=1)
-    return float(fit_temperature(log_p, truth, condition, patient, np.array([[np.log1p(at), 1.0]]))[0])
+    rule = Temperatures.fit(Seen(log_p, truth, counts, np.ones(truth.size), patient, np.zeros(truth.size)))
+    return float(rule.at(np.array([[np.log1p(at), 1.0]]))[0])
 
 
 def world(n: int, seed: int, sharpness: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
@@ -44,10 +45,11 @@ def world(n: int, seed: int, sharpness: float = 1.0) -> tuple[np.ndarray, np.nda
 
 @pytest.mark.parametrize("true", [0.5, 1.0, 3.0])
 def test_a_temperature_is_found_again(true: float) -> None:
+    """A little nearer 1, where it is expected beforehand."""
     log_p, truth = world(20_000, 0)
     distorted = log_softmax(log_p * true, axis=1)
     one = np.full(truth.size, "P1", dtype=object)
-    assert temperature(distorted, truth, np.ones(truth.size), one, 1.0) == pytest.approx(true, rel=0.05)
+    assert temperature(distorted, truth, np.ones(truth.size), one, 1.0) == pytest.approx(true, rel=0.08)
 
 
 def test_a_new_patients_temperature_is_the_mean_of_the_patients_and_follows_depth_within_them() -> None:
@@ -63,6 +65,31 @@ def test_a_new_patients_temperature_is_the_mean_of_the_patients_and_follows_dept
         assert found == pytest.approx(np.sqrt(2) * np.sqrt(at) / 10, rel=0.15)  # sqrt(2): geometric mean of `own`
     pooled = temperature(said, truth, counts, np.full(counts.size, "P", dtype=object), 10.0)
     assert pooled < 0.85 * np.sqrt(2) * np.sqrt(10) / 10  # who pools the cells takes the large patient for an effect
+
+
+def test_networks_that_had_fewer_cells_do_not_make_the_final_one_less_sure() -> None:
+    # T = 1.1 * shortage ** 1.5 of each patient's network; the final one has none
+    shortage, n = np.array([1.05, 1.2, 1.4, 2.0, 3.0]), 4000
+    log_p, truth = world(shortage.size * n, 8)
+    true_n = np.repeat(1.1 * shortage**1.5, n)
+    said = log_softmax(log_p * true_n[:, None], axis=1)
+    whose = np.repeat(np.array(list("ABCDE"), dtype=object), n)
+    one = np.ones(truth.size)
+    seen = Seen(said, truth, one, one, whose, np.log(np.repeat(shortage, n)))
+    rule = Temperatures.fit(seen)
+    assert rule.of_shortage == pytest.approx(1.5, rel=0.1)
+    assert rule.at(seen.condition_NX())[0] == pytest.approx(1.1, rel=0.05)
+    np.testing.assert_allclose(rule.at(seen.condition_NX(), seen.shortage_N), true_n, rtol=0.1)
+    without = Temperatures.fit(Seen(said, truth, one, one, whose, np.zeros(truth.size)))
+    assert without.at(seen.condition_NX())[0] > 1.8
+    # and sets of the final network are no wider than theirs would be with true probabilities
+    sizes = []
+    for rule_used in (rule, without):
+        calibration = Calibration.fit(seen, ONE_BIN, rule_used)
+        bin_n = np.zeros(truth.size, np.int64)
+        final = log_softmax(log_p * 1.1, axis=1)
+        sizes.append(calibration.sets(calibration.probability(final, bin_n), bin_n, 0.9).sum(1).mean())
+    assert sizes[0] < sizes[1]
 
 
 def test_calibration_repairs_an_overconfident_model_and_keeps_its_choices() -> None:

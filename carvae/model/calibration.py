@@ -3,6 +3,8 @@
 Both are fitted on cells of held-out patients, as they are and with counts and genes taken away. Sets have thresholds
 for bins of depth and of gene overlap: one fitted on deep cells alone covers too little on shallow ones. Temperatures
 follow depth and overlap by two slopes, since patients differ in depth and a temperature per bin would be a patient's.
+The networks that held patients out had fewer cells to learn from than the final one and are surer than they should be:
+what is fitted on them is carried over to the final one.
 
 Axes: N cells, S leaves of one label axis, P patients, B bins, V levels of gene overlap, D bins of depth, C stored
 coverages, X conditions of a cell (log depth, overlap).
@@ -33,6 +35,11 @@ PATIENT_CELLS = 1000
 """Cells (each is seen several times) with which a patient counts half as much as one with very many."""
 SLOPE_PENALTY = 1e-3
 """Weight of the squared slopes, which without it would be free where cells do not differ in depth or overlap."""
+PATIENT_SD = 0.25
+"""How much patients differ in the logarithm of their temperature, beside what `Temperatures` explains."""
+COMMON_SD, SHORTAGE_SD = 1.0, 2.0
+"""How large the logarithm of the common temperature and its slope in the shortage are expected to be: weak priors, for
+where patients are few or lack equally much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +74,87 @@ class Bins:
 
 
 @dataclass(frozen=True, slots=True)
+class Seen:
+    """Held-out cells, as a network saw them that was not trained on their patient."""
+
+    log_probability_NS: NDArray[np.floating]
+    truth_N: NDArray[np.integer]
+    """Leaf by the author."""
+    counts_N: NDArray[np.floating]
+    """Counts over the panel."""
+    overlap_N: NDArray[np.floating]
+    """Share measured of the panel's genes."""
+    patient_N: NDArray[np.object_]
+    shortage_N: NDArray[np.floating]
+    """Logarithm of how many times as many labelled cells the final network is trained on."""
+
+    def condition_NX(self) -> NDArray[np.float64]:
+        """What temperatures depend on within a patient."""
+        return np.stack([np.log1p(self.counts_N), self.overlap_N], axis=1).astype(np.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Temperatures:
+    """The logarithm of a cell's temperature: one for all, a slope for each condition and one for the shortage."""
+
+    common: float
+    """At the centre of the conditions and without shortage."""
+    slope_X: NDArray[np.float64]
+    centre_X: NDArray[np.float64]
+    of_shortage: float
+    """What a network is surer than it should be, per unit of `Seen.shortage_N`."""
+
+    @classmethod
+    def fit(cls, seen: Seen) -> Temperatures:
+        """With the best likelihood of the true leaves (Guo et al. 2017, arXiv:1706.04599).
+
+        First each patient has a temperature of its own beside the common slopes of the conditions: what one large or
+        deep patient has by itself is neither taken for the rule nor for an effect of depth. The slopes are learned
+        within patients, whose cells were thinned. Then the patients' own are regressed on the shortage of the networks
+        that did not see them (Bayesian linear regression, Bishop 2006, section 3.3), and a new patient has what is
+        expected without shortage.
+        """
+        own_P, slope_X, centre_X, cells_P = _by_patient(seen)
+        patients, code_N = np.unique(seen.patient_N.astype(str), return_inverse=True)
+        shortage_P = np.bincount(code_N, seen.shortage_N, minlength=patients.size) / cells_P
+        design_P2 = np.stack([np.ones_like(own_P), shortage_P], axis=1)
+        weight_P = cells_P / (cells_P + PATIENT_CELLS) / PATIENT_SD**2
+        precision = design_P2.T @ (weight_P[:, None] * design_P2) + np.diag([COMMON_SD**-2, SHORTAGE_SD**-2])
+        common, of_shortage = np.linalg.solve(precision, design_P2.T @ (weight_P * own_P))
+        return cls(float(common), slope_X, centre_X, float(of_shortage))
+
+    def at(self, condition_NX: NDArray[np.floating], shortage_N: NDArray[np.floating] | float = 0.0) -> Floats:
+        """Temperatures under some conditions."""
+        log_N = self.common + (condition_NX - self.centre_X) @ self.slope_X + self.of_shortage * shortage_N
+        temperature_N: Floats = np.exp(log_N.clip(*LOG_TEMPERATURE)).astype(np.float32)
+        return temperature_N
+
+
+def _by_patient(seen: Seen) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+    """Each patient's log temperature, the slopes of the conditions and their centre, and each patient's cells."""
+    patients, code_N = np.unique(seen.patient_N.astype(str), return_inverse=True)
+    n_P = np.bincount(code_N)
+    part_P = n_P / (n_P + PATIENT_CELLS)
+    weight_N, rows = (part_P / part_P.sum() / n_P)[code_N], np.arange(seen.truth_N.size)
+    condition_NX = seen.condition_NX()
+    centre_X = condition_NX.mean(0)
+    centred_NX = condition_NX - centre_X
+
+    def loss(values: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        own_P, slope_X = values[: patients.size], values[patients.size :]
+        scaled_NS = seen.log_probability_NS * np.exp(-(own_P[code_N] + centred_NX @ slope_X))[:, None]
+        log_NS = log_softmax(scaled_NS, axis=1)
+        gradient_N = weight_N * (scaled_NS[rows, seen.truth_N] - (np.exp(log_NS) * scaled_NS).sum(1))
+        total = -float(weight_N @ log_NS[rows, seen.truth_N]) + SLOPE_PENALTY * float(slope_X @ slope_X)
+        of_slopes = gradient_N @ centred_NX + 2 * SLOPE_PENALTY * slope_X
+        return total, np.concatenate([np.bincount(code_N, gradient_N, minlength=patients.size), of_slopes])
+
+    bounds = [LOG_TEMPERATURE] * patients.size + [(-1.0, 1.0)] * centre_X.size
+    best = minimize(loss, np.zeros(len(bounds)), jac=True, method="L-BFGS-B", bounds=bounds).x
+    return best[: patients.size], best[patients.size :], centre_X, n_P
+
+
+@dataclass(frozen=True, slots=True)
 class Calibration:
     """Temperatures and set thresholds of one label axis."""
 
@@ -77,26 +165,20 @@ class Calibration:
     """Coverage of cells like those fitted on, at which cells of other patients are covered by each of `COVERAGES`."""
 
     @classmethod
-    def fit(
-        cls,
-        log_probability_NS: NDArray[np.floating],
-        truth_N: NDArray[np.integer],
-        bins: Bins,
-        counts_N: NDArray[np.floating],
-        overlap_N: NDArray[np.floating],
-        patient_N: NDArray[np.object_],
-    ) -> Calibration:
-        """Fit on held-out cells whose leaf is known, with their counts over the panel and the share measured of it."""
-        bin_N = bins.of(counts_N, overlap_N)
-        condition_NX = np.stack([np.log1p(counts_N), overlap_N], axis=1)
+    def fit(cls, seen: Seen, bins: Bins, rule: Temperatures) -> Calibration:
+        """Fit on held-out cells, with the temperatures of ``rule``.
+
+        Sets are fitted on scores under each network's own temperature: so they are of networks as sure as they should
+        be, which the final one is.
+        """
+        bin_N, condition_NX = bins.of(seen.counts_N, seen.overlap_N), seen.condition_NX()
         cells_B = np.bincount(bin_N, minlength=bins.n)
         sum_BX = np.stack([np.bincount(bin_N, x_N, minlength=bins.n) for x_N in condition_NX.T], axis=1)
         at_BX = np.where(cells_B[:, None], sum_BX / cells_B.clip(1)[:, None], condition_NX.mean(0))
-        temperature_B = fit_temperature(log_probability_NS, truth_N, condition_NX, patient_N, at_BX)
-        probability_NS = tempered(log_probability_NS, temperature_B[bin_N])
-        score_N = set_scores(probability_NS)[np.arange(truth_N.size), truth_N]
-        scored = _Scored(score_N, truth_N, bin_N, (bins.n, log_probability_NS.shape[1]))
-        return cls(temperature_B, scored.thresholds(), _levels(scored, patient_N))
+        probability_NS = tempered(seen.log_probability_NS, rule.at(at_BX[bin_N], seen.shortage_N))
+        score_N = set_scores(probability_NS)[np.arange(seen.truth_N.size), seen.truth_N]
+        scored = _Scored(score_N, seen.truth_N, bin_N, (bins.n, seen.log_probability_NS.shape[1]))
+        return cls(rule.at(at_BX), scored.thresholds(), _levels(scored, seen.patient_N))
 
     def probability(self, log_probability_NS: NDArray[np.floating], bin_N: NDArray[np.int64]) -> Floats:
         """Calibrated probabilities."""
@@ -119,43 +201,6 @@ class Calibration:
         held_NS: NDArray[np.bool_] = set_scores(probability_NS) <= (low_BS + part * (high_BS - low_BS))[bin_N]
         held_NS[np.arange(len(held_NS)), probability_NS.argmax(1)] = True
         return held_NS
-
-
-def fit_temperature(
-    log_probability_NS: NDArray[np.floating],
-    truth_N: NDArray[np.integer],
-    condition_NX: NDArray[np.floating],
-    patient_N: NDArray[np.object_],
-    at_BX: NDArray[np.floating],
-) -> Floats:
-    """Temperatures with the best likelihood of the true leaves (Guo et al. 2017, arXiv:1706.04599), at ``at_BX``.
-
-    The logarithm of a cell's temperature is its patient's own plus a slope times each condition, and a new patient's
-    is the mean over the patients: what one large or deep patient has by itself is neither taken for the rule nor for
-    an effect of depth. The slopes are learned within patients, whose cells were thinned.
-    """
-    patients, code_N = np.unique(patient_N.astype(str), return_inverse=True)
-    n_P = np.bincount(code_N)
-    part_P = n_P / (n_P + PATIENT_CELLS)
-    part_P = part_P / part_P.sum()
-    weight_N, rows = (part_P / n_P)[code_N], np.arange(truth_N.size)
-    centre_X = condition_NX.mean(0)
-    centred_NX = condition_NX - centre_X
-
-    def loss(values: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        own_P, slope_X = values[: patients.size], values[patients.size :]
-        scaled_NS = log_probability_NS * np.exp(-(own_P[code_N] + centred_NX @ slope_X))[:, None]
-        log_NS = log_softmax(scaled_NS, axis=1)
-        gradient_N = weight_N * (scaled_NS[rows, truth_N] - (np.exp(log_NS) * scaled_NS).sum(1))
-        total = -float(weight_N @ log_NS[rows, truth_N]) + SLOPE_PENALTY * float(slope_X @ slope_X)
-        of_slopes = gradient_N @ centred_NX + 2 * SLOPE_PENALTY * slope_X
-        return total, np.concatenate([np.bincount(code_N, gradient_N, minlength=patients.size), of_slopes])
-
-    bounds = [LOG_TEMPERATURE] * patients.size + [(-1.0, 1.0)] * centre_X.size
-    best = minimize(loss, np.zeros(len(bounds)), jac=True, method="L-BFGS-B", bounds=bounds).x
-    log_B = part_P @ best[: patients.size] + (at_BX - centre_X) @ best[patients.size :]
-    temperature_B: Floats = np.exp(log_B.clip(*LOG_TEMPERATURE)).astype(np.float32)
-    return temperature_B
 
 
 def tempered(log_probability_NS: NDArray[np.floating], temperature_N: NDArray[np.floating]) -> Floats:

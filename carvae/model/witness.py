@@ -5,8 +5,9 @@ Axes: N cells, G genes, S leaves of one label axis, T views, B bins.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from carvae.data.split import PatientSplit
 from carvae.labels.axis import main_first
-from carvae.model.calibration import MAX_GROUPS, Bins, Calibration
+from carvae.model.calibration import MAX_GROUPS, Bins, Calibration, Seen, Temperatures
 from carvae.model.cohort import Cohort
 from carvae.model.metrics import expected_calibration_error
 from carvae.model.network import Network
@@ -50,6 +51,20 @@ class HeldOut:
     """Whether the cell bears a label."""
     whole_N: NDArray[np.bool_]
     """Whether nothing was taken from the cell."""
+    shortage_N: NDArray[np.float64]
+    """Logarithm of how many times as many labelled cells there are as the network was trained on."""
+
+    def seen(self, axis: str) -> Seen:
+        """The cells whose leaf on an axis is known, for calibration."""
+        rows = self.take(np.flatnonzero(self.truth[axis] >= 0))
+        return Seen(
+            rows.log_probability[axis],
+            rows.truth[axis],
+            rows.counts_N,
+            rows.overlap_N,
+            rows.patient_N,
+            rows.shortage_N,
+        )
 
     def take(self, rows_N: NDArray[Any]) -> HeldOut:
         """Some of the cells."""
@@ -89,9 +104,8 @@ def witness(
 ) -> Witness:
     """Show a network the patients that it was not trained on, whole and with counts and genes taken away."""
     reference = reference_of(network, cohort, split.train, identity)
-    cells, latent_NK = _seen(
-        network, cohort, split.validation, reference, np.ones(len(cohort.store.header.genes), np.bool_)
-    )
+    all_G = np.ones(len(cohort.store.header.genes), np.bool_)
+    cells, latent_NK = _seen(network, cohort, split.validation, reference, all_G)
     sample_N = cohort.obs["sample"].astype(str).to_numpy()[split.validation]
     samples = [(np.flatnonzero(sample_N == name), latent_NK[sample_N == name]) for name in np.unique(sample_N)]
     labelled = split.validation[cohort.labelled_N[split.validation]]
@@ -99,7 +113,10 @@ def witness(
     for rows_N, depth, kept_G in _poorer(labelled, reference.identity_G > 0, rng):
         found, _ = _seen(network, cohort, rows_N, reference, kept_G, depth, rng)
         parts.append(found)
-    return Witness(joined(parts), reference, samples)
+    cells = joined(parts)
+    n_trained = max(int(cohort.labelled_N[split.train].sum()), 1)
+    shortage = math.log(max(int(cohort.labelled_N.sum()), 1) / n_trained)
+    return Witness(replace(cells, shortage_N=np.full(cells.counts_N.size, shortage)), reference, samples)
 
 
 def _poorer(
@@ -154,6 +171,7 @@ def _seen(
         patient_N=cohort.obs["patient"].astype(str).to_numpy(object)[rows_N],
         known_N=cohort.labelled_N[rows_N],
         whole_N=np.full(rows_N.size, rng is None),
+        shortage_N=np.zeros(rows_N.size),
     )
     return cells, np.concatenate([part.latent_NK for part in parts])[back]
 
@@ -176,7 +194,8 @@ def learn(witnesses: Sequence[Witness], reference: Reference, unknown_rate: floa
     cells = joined([w.cells for w in witnesses])
     if not cells.known_N.any():
         return None
-    bins, scale, calibration = _fitted(cells.take(np.flatnonzero(cells.known_N)))
+    fitted = _Fitted.on(cells.take(np.flatnonzero(cells.known_N)))
+    bins, scale = fitted.bins, fitted.scale
     samples: list[SampleFigures] = []
     for seen in witnesses:
         for rows, latent_NK in seen.samples:
@@ -185,19 +204,27 @@ def learn(witnesses: Sequence[Witness], reference: Reference, unknown_rate: floa
                 continue  # a sorted fraction of other cells, say, which sets no example
             novelty_N = scale.novelty(own.view_NT, bins.of(own.counts_N, own.overlap_N))
             samples.append(figures(latent_NK, novelty_N, own.counts_N, seen.reference, unknown_rate))
-    return Trust(reference, bins, scale, calibration, SampleLimits.fit(samples), unknown_rate)
+    return Trust(reference, bins, scale, fitted.calibration, SampleLimits.fit(samples), unknown_rate)
 
 
-def _fitted(known: HeldOut) -> tuple[Bins, Scale, dict[str, Calibration]]:
-    bins = Bins.fit(known.counts_N, known.overlap_N)
-    bin_N = bins.of(known.counts_N, known.overlap_N)
-    calibration = {}
-    for axis, truth_N in known.truth.items():
-        sure = truth_N >= 0
-        if sure.any():
-            conditions = known.counts_N[sure], known.overlap_N[sure], known.patient_N[sure]
-            calibration[axis] = Calibration.fit(known.log_probability[axis][sure], truth_N[sure], bins, *conditions)
-    return bins, Scale.fit(known.view_NT, bin_N, bins.n), calibration
+@dataclass(frozen=True, slots=True)
+class _Fitted:
+    """What cells with labels teach."""
+
+    bins: Bins
+    scale: Scale
+    rules: dict[str, Temperatures]
+    """Label axis -> temperatures of networks with any shortage."""
+    calibration: dict[str, Calibration]
+
+    @classmethod
+    def on(cls, known: HeldOut) -> _Fitted:
+        bins = Bins.fit(known.counts_N, known.overlap_N)
+        seen = {axis: known.seen(axis) for axis, truth_N in known.truth.items() if (truth_N >= 0).any()}
+        rules = {axis: Temperatures.fit(cells) for axis, cells in seen.items()}
+        calibration = {axis: Calibration.fit(cells, bins, rules[axis]) for axis, cells in seen.items()}
+        scale = Scale.fit(known.view_NT, bins.of(known.counts_N, known.overlap_N), bins.n)
+        return cls(bins, scale, rules, calibration)
 
 
 def measure(witnesses: Sequence[Witness], unknown_rate: float) -> dict[str, Any]:
@@ -239,14 +266,15 @@ def measure(witnesses: Sequence[Witness], unknown_rate: float) -> dict[str, Any]
 
 def _tested(known: HeldOut, out: NDArray[np.bool_], unknown_rate: float) -> dict[str, Any]:
     """What the cells outside ``out`` say of those in it."""
-    bins, scale, calibration = _fitted(known.take(np.flatnonzero(~out)))
+    fitted = _Fitted.on(known.take(np.flatnonzero(~out)))
     test = known.take(np.flatnonzero(out))
-    bin_N = bins.of(test.counts_N, test.overlap_N)
-    found: dict[str, Any] = {"unknown": scale.novelty(test.view_NT, bin_N) > 1 - unknown_rate}
-    for axis, fitted in calibration.items():
+    bin_N = fitted.bins.of(test.counts_N, test.overlap_N)
+    found: dict[str, Any] = {"unknown": fitted.scale.novelty(test.view_NT, bin_N) > 1 - unknown_rate}
+    for axis, calibration in fitted.calibration.items():
         log_NS = test.log_probability[axis]
-        probability_NS = fitted.probability(log_NS, bin_N)
-        held_NS = fitted.sets(probability_NS, bin_N, COVERAGE)
+        shortage_N = np.exp(fitted.rules[axis].of_shortage * test.shortage_N)  # the calibration is of a network without
+        probability_NS = calibration.probability(log_NS / shortage_N[:, None], bin_N)
+        held_NS = calibration.sets(probability_NS, bin_N, COVERAGE)
         found[axis] = (np.exp(log_NS), probability_NS, test.truth[axis], held_NS)
     return found
 
