@@ -201,10 +201,15 @@ def _tripod(metrics: dict[str, Any]) -> list[str]:
     settings, studies = metrics["settings"], metrics["studies"]
     patients = sum(s["n_patients"] for s in studies.values())
     designs = ", ".join(metrics["designs"]) or "none: not identifiable"
+    chosen = settings["evaluate"]["hold_out"]
+    calibrated = (
+        "calibrated afterwards on held-out patients" if settings["train"]["calibration_folds"] else "uncalibrated"
+    )
     rows = {
         "3 background and use": "see Intended use; health inequalities between groups of patients were not examined",
         "5 data sources": f"{', '.join(studies)}; see Data",
-        "6 participants": f"{patients} patients, as their studies enrolled them; nobody was chosen for this evaluation",
+        "6 participants": f"{patients} patients, as their studies enrolled them; "
+        + (f"scored are those that evaluate.hold_out chose ({len(chosen)})" if chosen else "all were scored"),
         "7 preparation": "raw counts, genes by HGNC symbol, all choices made on training cells; see settings",
         "8 outcome": f"the author's label ({metrics['axis']}), given from the same expression: no independent truth",
         "9 predictors": "counts of genes alone; response, patient and clone never enter",
@@ -213,8 +218,7 @@ def _tripod(metrics: dict[str, Any]) -> list[str]:
         "11 missing data": "missing genes are masked, unlabelled cells train the space and are not scored",
         "12 analysis": f"designs: {designs}; methods: {', '.join(metrics['methods'])}; no patient on both sides",
         "12e performance": "macro-F1, accuracy, calibration error, sets, selective accuracy",
-        "13 class imbalance": f"loss weighs classes by count^-{settings['train']['class_balance']:g}; "
-        "calibrated afterwards on held-out patients",
+        "13 class imbalance": f"loss weighs classes by count^-{settings['train']['class_balance']:g}; {calibrated}",
         "14 fairness": "scores by study and by patient; ancestry, sex and age were not available",
         "15 output": "probability per state, a set of states, or unknown",
         "18 open science": "metrics.json and table.csv hold every figure and setting; licences stand in Data",
