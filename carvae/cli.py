@@ -22,6 +22,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+studies = typer.Typer(help="The public CAR-T single-cell studies: list, show, fetch.", no_args_is_help=True)
+app.add_typer(studies, name="studies")
+
+StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="Name in the catalogue, or accession.")]
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, see configs/reference.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="Settings to change.")]
 Query = Annotated[Path, typer.Argument(help=".h5ad, zarr, 10x .h5, 10x mtx folder, or a folder of those.")]
@@ -119,6 +123,34 @@ def evaluate(config: ConfigFile, overrides: Overrides = None, quiet: Quiet = Fal
     from carvae.evaluate import run
 
     run(settings)
+
+
+@studies.command("list")
+def list_() -> None:
+    """Print the catalogue, a line per study."""
+    from carvae.studies import table
+
+    print(table())
+
+
+@studies.command()
+def show(study: StudyName) -> None:
+    """Print what is known of a study, and the entry for your config."""
+    from carvae.studies import description
+
+    print(description(study))
+
+
+@studies.command()
+def fetch(
+    study: StudyName, out: Annotated[Path, typer.Option(help="Folder for the files.")], quiet: Quiet = False
+) -> None:
+    """Download a study's open files; a download that was cut off goes on."""
+    _start(quiet)
+    from carvae.studies import fetch as download
+
+    for fetched in download(study, out):
+        print(fetched.file)
 
 
 @app.command()

@@ -6,7 +6,8 @@ it and exits with 1; anything else that escapes is a fault of carvae and keeps i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 class CarvaeError(Exception):
@@ -45,6 +46,10 @@ class TrainError(CarvaeError):
     """Training cannot start or cannot go on with these data and settings."""
 
 
+class CatalogueError(CarvaeError):
+    """The catalogue of studies does not know a study, or its files cannot be fetched."""
+
+
 class EvaluateError(CarvaeError):
     """An evaluation cannot be made of these data and settings, or would not be an honest one."""
 
@@ -63,3 +68,10 @@ def join_problems(head: str, problems: Sequence[str]) -> str:
     if len(problems) == 1:
         return f"{head}: {problems[0]}"
     return "\n- ".join([f"{head} ({len(problems)} problems):", *problems])
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``; the nearest is 'x'`` for the end of a sentence; empty where nothing is known."""
+    lower = {candidate.casefold(): candidate for candidate in known}
+    near = difflib.get_close_matches(name.casefold(), lower, n=1, cutoff=0.0)
+    return f"; the nearest is {lower[near[0]]!r}" if near else ""

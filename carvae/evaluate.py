@@ -16,7 +16,7 @@ from typing import Any
 from carvae import __version__
 from carvae.config import Config, EvaluateConfig
 from carvae.data.atomic import replacing_folder
-from carvae.errors import ConfigError, EvaluateError
+from carvae.errors import ConfigError, EvaluateError, nearest
 from carvae.evaluation import figures, runs
 from carvae.evaluation.baselines import NO_CELLTYPIST
 from carvae.evaluation.card import write_card
@@ -25,7 +25,6 @@ from carvae.evaluation.confounding import Identifiability, identifiability
 from carvae.evaluation.folds import Fold, folds_of
 from carvae.evaluation.integration import table_of as integration_table
 from carvae.evaluation.results import OWN, label_figures, novelty_figures, table_of
-from carvae.labels.read import nearest
 
 log = logging.getLogger(__name__)
 

@@ -5,14 +5,13 @@ The settings themselves stand in `carvae.config`.
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from carvae.errors import ConfigError
+from carvae.errors import ConfigError, nearest
 
 
 class Section(BaseModel):
@@ -61,8 +60,7 @@ def sentence(model: type[Section], location: tuple[int | str, ...], kind: str, m
     if kind != "extra_forbidden":
         return f"{key}: {message[0].lower()}{message[1:]}" if key else message.removeprefix("Value error, ")
     known = _keys_at(model, location[:-1])
-    near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.0)
-    return f"{key} is not a key; the nearest is {near[0]!r}" if near else f"{key} is not a key"
+    return f"{key} is not a key{nearest(str(location[-1]), known)}"
 
 
 def _keys_at(model: type[Section], location: tuple[int | str, ...]) -> list[str]:

@@ -89,7 +89,7 @@ def test_a_label_that_the_tree_does_not_know_is_refused_and_no_cell_is_dropped()
 
 def test_a_missing_label_that_no_cell_bears_is_misspelt() -> None:
     label, study = text("x", "Unlabelled", "y", "Unlabeled", "x", "y"), text(*"aaabbb")
-    with pytest.raises(LabelError, match=r"study 'b': missing_labels names 'Unlabelled'.*did you mean 'Unlabeled'\?"):
+    with pytest.raises(LabelError, match=r"study 'b': missing_labels names 'Unlabelled'.*the nearest is 'Unlabeled'"):
         label_cells(label, study, {"a": MARKED, "b": MARKED}, None)
     empty = StudyLabels(None, ("nan",), labelled=True)  # an empty cell may be named, whether or not there is one
     assert label_cells(text("x", "y", ""), text(*"aaa"), {"a": empty}, None) is not None

@@ -12,9 +12,8 @@ import pandas as pd
 
 from carvae.config import EvaluateConfig
 from carvae.data.split import patient_folds
-from carvae.errors import EvaluateError
+from carvae.errors import EvaluateError, nearest
 from carvae.evaluation.cells import Cells, Rows
-from carvae.labels.read import nearest
 
 MIN_STATE_CELLS = 5
 """Held-out cells of a state without which its novelty is not judged."""

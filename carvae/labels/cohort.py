@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Mapping as MappingOf
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from carvae.errors import LabelError, join_problems
+from carvae.errors import LabelError, join_problems, nearest
 from carvae.labels.signatures import Signatures, weak_labels
 from carvae.labels.tree import NOT_A_LABEL, EncodedLabels, LabelTree, Mapping, concatenate, encode, prune
 
@@ -104,10 +103,10 @@ def _tell_labels(study: str, label: pd.Series[str], missing: tuple[str, ...]) ->
     occurring = sorted(set(counts.index) - NOT_A_LABEL)
     absent = [value for value in missing if value not in occurring and value not in NOT_A_LABEL]
     if absent:
-        lower = {text.casefold(): text for text in occurring}
-        near = difflib.get_close_matches(absent[0].casefold(), list(lower), n=1, cutoff=0.0)
-        hint = f"; did you mean {lower[near[0]]!r}?" if near else ""
-        raise LabelError(f"missing_labels names {', '.join(map(repr, absent))}, which no cell of the study bears{hint}")
+        raise LabelError(
+            f"missing_labels names {', '.join(map(repr, absent))}, which no cell of the study bears"
+            f"{nearest(absent[0], occurring)}"
+        )
     kept = [text for text in occurring if text not in missing]
     said = ", ".join(f"{text} ({counts[text]:,})" for text in kept) or "none"
     unlabelled = int(counts.sum()) - int(counts[kept].sum())

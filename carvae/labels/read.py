@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from carvae.errors import LabelError, join_problems
+from carvae.errors import LabelError, join_problems, nearest
 
 
 class _Loader(yaml.BaseLoader):
@@ -69,13 +68,6 @@ def texts(value: object) -> tuple[str, ...]:
     if value is None or value == "":
         return ()
     return tuple(str(item) for item in value) if isinstance(value, list | tuple) else (str(value),)
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """``; the nearest is 'x'`` for the end of a sentence; empty where nothing is known."""
-    lower = {candidate.casefold(): candidate for candidate in known}
-    near = difflib.get_close_matches(name.casefold(), lower, n=1, cutoff=0.0)
-    return f"; the nearest is {lower[near[0]]!r}" if near else ""
 
 
 def repeated(names: Iterable[str]) -> list[str]:

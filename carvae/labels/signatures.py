@@ -18,9 +18,9 @@ import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from carvae.errors import LabelError, join_problems
+from carvae.errors import LabelError, join_problems, nearest
 from carvae.labels.axis import Axis
-from carvae.labels.read import entries, nearest, read_yaml, repeated, texts, wrong_keys
+from carvae.labels.read import entries, read_yaml, repeated, texts, wrong_keys
 from carvae.labels.tree import AxisLabels, EncodedLabels, LabelTree, encode_nodes
 
 

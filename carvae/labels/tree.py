@@ -18,9 +18,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from carvae.errors import LabelError, join_problems
+from carvae.errors import LabelError, join_problems, nearest
 from carvae.labels.axis import RESERVED, TWO, Axis, axis_spec, parse_axis
-from carvae.labels.read import entries, nearest, read_yaml, repeated, texts, wrong_keys
+from carvae.labels.read import entries, read_yaml, repeated, texts, wrong_keys
 
 __all__ = [
     "NOT_A_LABEL",
