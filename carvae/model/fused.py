@@ -119,18 +119,15 @@ def _product_type(tensor: Tensor) -> torch.dtype:
 class _SparseProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, counts: CountsCSR, value_M: Tensor, weight_GH: Tensor) -> Tensor:
-        ctx.counts, ctx.value_M, ctx.shape = counts, value_M, weight_GH.shape
+        ctx.counts, ctx.value_M = counts, value_M
         return sum_of_rows(counts, value_M, weight_GH)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NH: Tensor) -> tuple[Tensor | None, ...]:
-        from carvae.model.kernels import scatter_rows  # numba is slow to import, and not needed to read a bundle
+        from carvae.model.gather import weight_gradient  # numba is slow to import, and not needed to read a bundle
 
-        counts: CountsCSR = ctx.counts
-        dweight_GH = grad_NH.new_zeros(ctx.shape)
-        scatter_rows(*_arrays(counts.indptr_N, counts.gene_M, ctx.value_M, grad_NH.contiguous(), dweight_GH))
-        return None, None, dweight_GH
+        return None, None, weight_gradient(ctx.counts, ctx.value_M, grad_NH)
 
 
 class _DecoderLoss(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""A layer on ``log1p`` of sparse counts whose weights stay as they are, on a CPU: what embedding spends its time on.
+"""Sums of rows on a CPU: the sparse first layer of embedding, whose weights stay as they are, and its gradient.
 
 Axes: N cells, G genes, M non-zero counts, H hidden, P parts of H, C columns of a part.
 
@@ -6,6 +6,8 @@ A cell's hidden values are a sum of weight rows, one per gene that it has: some 
 for 400 genes and 128 columns, so the time is that of reading weights. They are laid out in parts of `COLUMNS` columns,
 of which one (0.5 MB for 4,000 genes) stays in the processor's own cache while some cells go by, and one cell's sum of
 a part stays in registers from its first gene to its last. Numba keeps an array's values in memory, hence `_add_rows`.
+
+The gradient of the weights is such a sum for each gene, of the gradients of the cells that have it.
 """
 
 from __future__ import annotations
@@ -79,6 +81,21 @@ class FixedLayer:
             with ThreadPoolExecutor(n_threads) as pool:
                 list(pool.map(some_cells, bounds[:-1], bounds[1:]))
         return out_NPC.flatten(1)[:, : self.n_hidden]
+
+
+def weight_gradient(counts: CountsCSR, value_M: Tensor, grad_NH: Tensor) -> Tensor:
+    """Sparse^T [G, N] x dense [N, H], with values in place of the counts: a gradient of weights, [G, H].
+
+    By gene, since the gradients of a minibatch's cells stay in the cache, where the weights of all genes would not, and
+    each gene's sum in registers.
+    """
+    n_hidden = grad_NH.shape[1]
+    padded_NH = functional.pad(grad_NH, (0, -n_hidden % COLUMNS))
+    parts_PNC = torch.stack(torch.split(padded_NH, COLUMNS, dim=1))
+    out_GH = grad_NH.new_empty(counts.n_genes, padded_NH.shape[1])
+    arrays = [tensor.detach().numpy() for tensor in (counts.indptr_N, counts.gene_M, value_M, parts_PNC, out_GH)]
+    _sums_by_gene(*arrays)
+    return out_GH[:, :n_hidden]
 
 
 @intrinsic
@@ -194,3 +211,33 @@ def _logs(count_M: NDArray[np.float32], value_M: NDArray[np.float32], others_M: 
         n_others += np.float32(small) != count_M[j]
     for j in others_M[:n_others]:
         value_M[j] = np.float32(math.log1p(count_M[j]))
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _sums_by_gene(
+    indptr_N: NDArray[np.int64],
+    gene_M: NDArray[np.int32],
+    value_M: NDArray[np.float32],
+    parts_PNC: NDArray[np.float32],
+    out_GH: NDArray[np.float32],
+) -> None:
+    """Write the sum of its cells' rows to each gene; the entries are put in the order of genes first."""
+    n_genes = out_GH.shape[0]
+    start_G = np.zeros(n_genes + 1, np.int64)
+    for j in range(gene_M.size):
+        start_G[np.uint32(gene_M[j]) + 1] += 1
+    for k in range(n_genes):
+        start_G[k + 1] += start_G[k]
+    place_G = start_G[:-1].copy()
+    cell_M, ordered_M = np.empty(gene_M.size, np.int32), np.empty(gene_M.size, np.float32)
+    for n in range(indptr_N.size - 1):
+        for j in range(indptr_N[n], indptr_N[n + 1]):
+            gene = np.uint32(gene_M[j])
+            place = np.uint64(place_G[gene])
+            cell_M[place], ordered_M[place] = n, value_M[j]
+            place_G[gene] += 1
+    for p in range(parts_PNC.shape[0]):
+        for k in range(n_genes):
+            row_C = out_GH[k, p * COLUMNS : (p + 1) * COLUMNS]
+            row_C[:] = 0
+            _add_rows(parts_PNC[p], cell_M, ordered_M, (start_G[k], start_G[k + 1]), row_C)  # type: ignore[call-arg]

@@ -1,4 +1,4 @@
-"""CPU kernels (numba): a row's softmax, NB or ZINB likelihood and gradients in one go, and the sparse first layer's.
+"""CPU kernels (numba): a row's softmax, NB or ZINB likelihood and gradients in one go.
 
 Axes: N cells, G genes, H hidden, M non-zero counts (of a minibatch, or of one cell).
 
@@ -385,13 +385,3 @@ def zinb(logits_NG: Any, zero_NG: Any, biases: Any, cells: Cells, theta_G: Float
             dzero = row.dzero_G[g] * scale
             zero_NG[n, g] = narrow(dzero, zero_NG[n, g])
             sums.dzero_bias_G[g] += dzero
-
-
-@njit(nogil=True, fastmath=FAST, cache=True)
-def scatter_rows(indptr_N: Ints, gene_M: Ints, value_M: Floats, grad_NH: Floats, dweight_GH: Floats) -> None:
-    """Add to each gene's row the gradients of the cells that have it, times their values: sparse^T x dense."""
-    for n in range(grad_NH.shape[0]):
-        for j in range(indptr_N[n], indptr_N[n + 1]):
-            g, value = gene_M[j], value_M[j]
-            for h in range(grad_NH.shape[1]):
-                dweight_GH[g, h] += value * grad_NH[n, h]
