@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from pathlib import Path
@@ -123,6 +124,15 @@ def evaluate(config: ConfigFile, overrides: Overrides = None, quiet: Quiet = Fal
     from carvae.evaluate import run
 
     run(settings)
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="As one line of JSON.")] = False) -> None:
+    """Say what this machine has: Python, libraries, GPU, threads, caches."""
+    from carvae.doctor import examine, report
+
+    findings = examine()
+    print(json.dumps({f.what: f.found for f in findings}) if as_json else report(findings))
 
 
 @studies.command("list")

@@ -62,7 +62,7 @@ RECIPE = (
     "train.wandb=disabled",
 )
 """Nobody is held out: like scVI and scANVI, carvae sees every cell. The rest was chosen on these two data sets by these
-scores, among some 40 recipes, most at seed 0, while scVI and scANVI are as their tutorial has them: look at other seeds."""
+scores, among some 40 recipes, most at seed 0; scVI and scANVI are as their tutorial has them. Look at other seeds."""
 
 Embedding = NDArray[np.float32]
 

@@ -23,7 +23,7 @@ FLOOR = {
     **dict.fromkeys(("section", "config"), 1),
     **dict.fromkeys(("data", "labels"), 2),
     "model": 3,
-    **dict.fromkeys(("ingest", "train", "predict", "map", "report", "studies"), 4),
+    **dict.fromkeys(("ingest", "train", "predict", "map", "report", "studies", "doctor"), 4),
     **dict.fromkeys(("demo", "evaluation", "plan", "explain"), 5),
     **dict.fromkeys(("evaluate", "app"), 6),
     "cli": 7,
