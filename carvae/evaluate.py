@@ -15,7 +15,7 @@ from typing import Any
 
 from carvae import __version__
 from carvae.config import Config, EvaluateConfig
-from carvae.data.atomic import replacing_folder
+from carvae.data.atomic import alone, replacing_folder
 from carvae.errors import ConfigError, EvaluateError, nearest
 from carvae.evaluation import figures, runs
 from carvae.evaluation.baselines import NO_CELLTYPIST
@@ -43,6 +43,11 @@ def run(config: Config) -> Path:
     check_place(config.output)
     methods = installed(checked_methods(config.evaluate.methods))
     check_integration(config.evaluate, methods)
+    with alone(config.output):
+        return _run(config, methods)
+
+
+def _run(config: Config, methods: tuple[str, ...]) -> Path:
     cells = Cells.read(config)
     allowed = identifiability(cells, config.model.covariates)
     (log.warning if allowed.refused else log.info)("%s", allowed.sentence)

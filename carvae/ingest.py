@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from carvae import __version__
 from carvae.config import Config, IngestConfig, StudyConfig, label_file
-from carvae.data.atomic import replacing_file, replacing_folder
+from carvae.data.atomic import alone, replacing_file, replacing_folder
 from carvae.data.genes import GeneTable, ResolvedGenes, align
 from carvae.data.panel import Panel, choose_panel
 from carvae.data.readers import CountsSource, open_samples
@@ -68,12 +68,13 @@ def run(config: Config) -> Path:
         raise ConfigError("ingest.studies is empty; name at least one study, as in configs/reference.yaml")
     work, store = work_folder(config.output), store_path(config.output)
     fingerprint = _fingerprint(config)
-    if store.exists() and _is_current(store, fingerprint):
-        log.info("store is up to date: %s", store)
-    else:
-        _build(store, fingerprint, config)
-    with replacing_file(work / "config.yaml") as scratch:
-        scratch.write_text(config.to_yaml(), encoding="utf-8")
+    with alone(config.output):
+        if store.exists() and _is_current(store, fingerprint):
+            log.info("store is up to date: %s", store)
+        else:
+            _build(store, fingerprint, config)
+        with replacing_file(work / "config.yaml") as scratch:
+            scratch.write_text(config.to_yaml(), encoding="utf-8")
     return store
 
 

@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +25,7 @@ import torch
 
 from carvae import __version__
 from carvae.config import Config, label_file
+from carvae.data.atomic import alone
 from carvae.data.loader import CellData, MinibatchLoader
 from carvae.data.memory import Need, choose, free_bytes
 from carvae.data.residence import Residence, Resident, Streamed, read
@@ -74,8 +76,9 @@ def run(config: Config) -> Path:
     start_processes(config)
     try:
         processes.share(config)
-        processes.on_first(lambda: ingest(config))
-        return _run(config)
+        with alone(config.output) if processes.rank() == 0 else nullcontext():
+            processes.on_first(lambda: ingest(config))
+            return _run(config)
     except CarvaeError:
         if processes.rank():
             raise SystemExit(1) from None  # the first says it

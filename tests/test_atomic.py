@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from carvae.data.atomic import replacing_file, replacing_folder
+from carvae.data.atomic import alone, replacing_file, replacing_folder
+from carvae.errors import ConfigError
 
 KINDS = ("file", "folder")
 
@@ -205,3 +206,38 @@ def test_litter_of_a_living_process_and_of_other_targets_is_left_alone(tmp_path:
     stranger.write_text("another host's")
     put(tmp_path / "x.csv", "file", "new")
     assert stranger.exists()
+
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from carvae.data.atomic import alone
+with alone(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_two_processes_do_not_work_on_one_output_and_a_killed_one_holds_nothing(tmp_path: Path) -> None:
+    output = tmp_path / "runs" / "a"
+    with subprocess.Popen([sys.executable, "-c", HOLDS, str(output)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with (
+            pytest.raises(ConfigError, match=rf"process {other.pid} on .* is at work on .*/runs/a; wait"),
+            alone(output),
+        ):
+            pass
+        with alone(tmp_path / "runs" / "b"):
+            pass
+        other.kill()
+    with alone(output), alone(output):
+        assert (output.parent / ".a.lock").read_text(encoding="utf-8").startswith(f"process {os.getpid()} ")
+    assert list(output.parent.iterdir()) == []
+
+
+def test_an_output_is_free_again_after_an_error(tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(KeyError), alone(tmp_path / "a"):
+            raise KeyError
+    assert list(tmp_path.iterdir()) == []

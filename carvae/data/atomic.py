@@ -7,6 +7,7 @@ left is known for litter and goes with the next write.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import re
 import secrets
@@ -16,6 +17,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from carvae.errors import ConfigError
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -51,6 +54,58 @@ def replacing_folder(target: Path) -> Iterator[Path]:
             os.rename(scratch, target)
     finally:
         _remove(scratch)
+
+
+_held: set[Path] = set()
+"""What this process holds by `alone`."""
+
+
+@contextmanager
+def alone(output: Path) -> Iterator[None]:
+    """Hold an output against other processes of carvae, on this machine or on a disk that tells machines of locks.
+
+    A process may hold the same output several times. The lock goes with the process, however that ends.
+
+    Raises
+    ------
+    ConfigError
+        Another process holds it.
+    """
+    output = Path(os.path.realpath(output))
+    if output in _held:
+        yield
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    file = output.with_name(f".{output.name}.lock")
+    descriptor = _locked(file, output)
+    _held.add(output)
+    try:
+        yield
+    finally:
+        _held.discard(output)
+        file.unlink(missing_ok=True)  # while it is locked: who waits for this one finds it gone and makes its own
+        os.close(descriptor)
+
+
+def _locked(file: Path, output: Path) -> int:
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if file.exists() and os.fstat(descriptor).st_ino == file.stat().st_ino:
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                return descriptor
+        except BlockingIOError:
+            holder = os.read(descriptor, 200).decode(errors="replace") or "another process"
+            os.close(descriptor)
+            raise ConfigError(
+                f"{holder} is at work on {output}; wait until it is done, or choose another output"
+            ) from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # it was given up, and removed, in between
 
 
 def _scratch(target: Path) -> Path:
