@@ -177,3 +177,17 @@ def test_the_sparse_product_and_its_gradient_are_those_of_the_dense(seed: int, n
     torch.testing.assert_close(found_NH.detach().double(), dense_NG @ weight_GH.detach().double(), rtol=1e-5, atol=1e-4)
     assert weight_GH.grad is not None
     torch.testing.assert_close(weight_GH.grad.double(), dense_NG.t() @ grad_NH.double(), rtol=1e-5, atol=1e-4)
+
+
+def test_room_after_the_last_cell_changes_no_gradient() -> None:
+    counts = minibatch(5, 30, 0.4, 20, 1)
+    extra = torch.full((7,), 29, dtype=torch.int32)
+    padded = CountsCSR(
+        counts.indptr_N, torch.cat([counts.gene_M, extra]), torch.cat([counts.count_M, torch.zeros(7)]), 30
+    )
+    gradients = []
+    for some in (counts, padded):
+        weight_GH = torch.ones(30, 40, requires_grad=True)
+        fused.sparse_product(some, some.count_M.log1p(), weight_GH).square().sum().backward()
+        gradients.append(weight_GH.grad)
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)

@@ -93,6 +93,8 @@ def weight_gradient(counts: CountsCSR, value_M: Tensor, grad_NH: Tensor) -> Tens
     padded_NH = functional.pad(grad_NH, (0, -n_hidden % COLUMNS))
     parts_PNC = torch.stack(torch.split(padded_NH, COLUMNS, dim=1))
     out_GH = grad_NH.new_empty(counts.n_genes, padded_NH.shape[1])
+    if len(grad_NH) != counts.n_cells:
+        raise ValueError(f"gradients of {len(grad_NH)} cells for counts of {counts.n_cells}")
     arrays = [tensor.detach().numpy() for tensor in (counts.indptr_N, counts.gene_M, value_M, parts_PNC, out_GH)]
     _sums_by_gene(*arrays)
     return out_GH[:, :n_hidden]
@@ -221,15 +223,18 @@ def _sums_by_gene(
     parts_PNC: NDArray[np.float32],
     out_GH: NDArray[np.float32],
 ) -> None:
-    """Write the sum of its cells' rows to each gene; the entries are put in the order of genes first."""
-    n_genes = out_GH.shape[0]
+    """Write the sum of its cells' rows to each gene; the entries are put in the order of genes first.
+
+    What lies after the last cell's entries (room in `cuda_graph`) is passed over.
+    """
+    n_genes, last = out_GH.shape[0], indptr_N[-1]
     start_G = np.zeros(n_genes + 1, np.int64)
-    for j in range(gene_M.size):
+    for j in range(indptr_N[0], last):
         start_G[np.uint32(gene_M[j]) + 1] += 1
     for k in range(n_genes):
         start_G[k + 1] += start_G[k]
     place_G = start_G[:-1].copy()
-    cell_M, ordered_M = np.empty(gene_M.size, np.int32), np.empty(gene_M.size, np.float32)
+    cell_M, ordered_M = np.empty(last, np.int32), np.empty(last, np.float32)
     for n in range(indptr_N.size - 1):
         for j in range(indptr_N[n], indptr_N[n + 1]):
             gene = np.uint32(gene_M[j])
