@@ -18,7 +18,6 @@ app = typer.Typer(
     name="carvae",
     help="Cell states of CAR-T single-cell RNA-seq: train over many studies, label new samples without retraining.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -26,7 +25,18 @@ app = typer.Typer(
 studies = typer.Typer(help="The public CAR-T single-cell studies: list, show, fetch.", no_args_is_help=True)
 app.add_typer(studies, name="studies")
 
-StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="Name in the catalogue, or accession.")]
+
+def _studies_from(start: str) -> list[str]:
+    """Names that the shell offers."""
+    from carvae.data.catalogue import names
+
+    return [name for name in names() if name.startswith(start)]
+
+
+StudyName = Annotated[
+    str,
+    typer.Argument(metavar="STUDY", help="Name in the catalogue, or accession.", autocompletion=_studies_from),
+]
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, see configs/reference.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="Settings to change.")]
 Query = Annotated[Path, typer.Argument(help=".h5ad, zarr, 10x .h5, 10x mtx folder, or a folder of those.")]
@@ -177,7 +187,7 @@ def demo(
 def main() -> None:
     """Run the command line; a CarvaeError becomes one sentence and exit code 1."""
     try:
-        app()
+        app(prog_name="carvae")
     except CarvaeError as error:
         _fail(str(error))
     except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import re
 import subprocess
 import sys
@@ -140,6 +141,15 @@ def test_a_study_is_found_by_name_or_accession_and_a_wrong_name_gets_the_nearest
     assert answer.err.strip() == (
         "carvae: the catalogue has no study 'deng2020'; the nearest is 'deng_2020'; `carvae studies list` shows all"
     )
+
+
+def test_the_shell_completes_verbs_and_studies() -> None:
+    for typed, offered in (("carvae ann", ["annotate"]), ("carvae studies show deng", ["deng_2020"])):
+        words = {"COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" ")), "_CARVAE_COMPLETE": "complete_bash"}
+        done = subprocess.run(
+            [sys.executable, "-m", "carvae"], env=os.environ | words, capture_output=True, text=True, check=False
+        )
+        assert done.stdout.split() == offered
 
 
 def test_what_is_shown_can_be_put_into_a_config() -> None:

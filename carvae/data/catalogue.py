@@ -83,6 +83,11 @@ class Study(Section):
         return "open" if n_open == len(self.accessions) else "part controlled" if n_open else "controlled"
 
 
+def names() -> list[str]:
+    """Names of all studies, without reading what is known of them."""
+    return sorted(path.stem for path in _folder().glob("*.yaml"))
+
+
 def entries() -> dict[str, Study]:
     """Every study by its name, in the order of the names.
 
