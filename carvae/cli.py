@@ -42,6 +42,13 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=val
 Query = Annotated[Path, typer.Argument(help=".h5ad, zarr, 10x .h5, 10x mtx folder, or a folder of those.")]
 Model = Annotated[Path, typer.Option(help="Model bundle: the output folder of `carvae train`.")]
 Out = Annotated[Path, typer.Option(help="Result: .h5ad, .zarr, .csv or .csv.gz.")]
+Clones = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE_OR_FOLDER",
+        help="T-cell receptors: 10x filtered_contig_annotations.csv, AIRR .tsv, .h5ad of scirpy, or a folder of those.",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.")]
 
 
@@ -73,13 +80,22 @@ def train(config: ConfigFile, overrides: Overrides = None, quiet: Quiet = False)
 @app.command()
 def embed(query: Query, model: Model, out: Out, overrides: Overrides = None, quiet: Quiet = False) -> None:
     """Write the latent coordinates of every cell of a new sample."""
-    _predict(query, model, out, overrides, quiet, label=False)
+    settings = _start(quiet, None, _only(overrides, "predict."))
+    from carvae.predict import run
+
+    run(query, model, out, settings.predict, label=False)
 
 
 @app.command()
-def annotate(query: Query, model: Model, out: Out, overrides: Overrides = None, quiet: Quiet = False) -> None:
-    """Label every cell of a new sample: state, confidence, signature scores, and a table of samples."""
-    _predict(query, model, out, overrides, quiet, label=True)
+def annotate(
+    query: Query, model: Model, out: Out, overrides: Overrides = None, clones: Clones = None, quiet: Quiet = False
+) -> None:
+    """Label every cell of a new sample: state, confidence, signatures, clones, CAR; and a table of samples."""
+    settings = _start(quiet, None, _only(overrides, "predict.", "clones.", "seed="))
+    from carvae.model.cell_clones import Asked
+    from carvae.predict import run
+
+    run(query, model, out, settings.predict, label=True, asked=Asked(clones, settings.clones, settings.seed))
 
 
 @app.command()
@@ -192,13 +208,6 @@ def main() -> None:
         _fail(str(error))
     except OSError as error:
         _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
-
-
-def _predict(query: Path, model: Path, out: Path, overrides: list[str] | None, quiet: bool, *, label: bool) -> None:
-    settings = _start(quiet, None, _only(overrides, "predict."))
-    from carvae.predict import run
-
-    run(query, model, out, settings.predict, label=label)
 
 
 def _only(overrides: list[str] | None, *known: str) -> list[str]:

@@ -14,6 +14,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from carvae.errors import ConfigError, join_problems
+from carvae.patient_config import CarConfig, ClonesConfig
 from carvae.section import Section, apply, read_yaml, sentence
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -58,6 +59,8 @@ class IngestConfig(Section):
         "sex",
     )
     """Gene policy: groups that never enter the encoder. CAR transgenes name the study, V(D)J genes the clone."""
+    transgenes: tuple[str, ...] = ()
+    """Vector features of your references, in any case, that ``transgene`` leaves out beside the names it knows."""
     identity_genes: tuple[str, ...] = ("CD3D", "CD3E", "CD3G")
     """Genes that every cell the model is for expresses; always in the panel. Cells that want them look strange to it,
     where the training cells do not want them."""
@@ -198,6 +201,10 @@ class PredictConfig(Section):
     dask: str | None = None
     """Workers: the address of a Dask scheduler (``tcp://HOST:8786``), or ``local`` or ``local:N`` for N processes on
     this machine. All workers must be able to read the query and the model under their paths."""
+    root: str | None = None
+    """A state at the memory-like end, or ``auto`` for the cells of the highest ``memory_stem`` score: every cell then
+    gets its place in the order from there (``carvae_pseudotime``). For this, cells stay in memory."""
+    car: CarConfig = Field(default_factory=CarConfig)
 
 
 class PlanConfig(Section):
@@ -292,6 +299,7 @@ class Config(Section):
     map: MapConfig = Field(default_factory=MapConfig)
     explain: ExplainConfig = Field(default_factory=ExplainConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    clones: ClonesConfig = Field(default_factory=ClonesConfig)
 
     @model_validator(mode="after")
     def _covariates_are_contract_names(self) -> Config:

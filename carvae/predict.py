@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,22 +26,42 @@ from carvae.config import PredictConfig
 from carvae.data.atomic import replacing_file
 from carvae.data.genes import GeneReceipt
 from carvae.data.readers import CountsSource, open_samples, open_source, refuse_shared
-from carvae.data.results import CellResults, add_results, check_output, samples_path, writing_results
-from carvae.data.schema import contract_columns, query_samples
+from carvae.data.results import (
+    CellResults,
+    add_results,
+    check_output,
+    earlier_columns,
+    samples_path,
+    writing_results,
+)
+from carvae.data.schema import contract_columns, query_obs
 from carvae.errors import BundleError, ConfigError, CountsError
 from carvae.model.ahead import Behind, ahead, on_dask
 from carvae.model.bundle import Bundle, load
+from carvae.model.cell_clones import Asked, check_given, clones_of, contract_map, late_columns
 from carvae.model.labeller import Labelled, Labeller
+from carvae.model.late import Late, LateResults, Sorting, check_root
 from carvae.model.sample_table import SampleTable, Verdicts
 from carvae.model.verdict import IN_RANGE
+from carvae.patient_config import ClonesConfig
 
 log = logging.getLogger(__name__)
 
 CHUNKS_PER_TASK = 8
 """Chunks that a Dask worker labels at a time."""
+SAID = re.compile(r"\b(sample|patient|timepoint|clone_id)\b")
+"""Columns whose finding is told."""
 
 
-def annotate(adata: AnnData, model: Bundle | Path | str, config: PredictConfig | None = None) -> AnnData:
+def annotate(
+    adata: AnnData,
+    model: Bundle | Path | str,
+    config: PredictConfig | None = None,
+    *,
+    clones: AnnData | Path | str | None = None,
+    clones_config: ClonesConfig | None = None,
+    seed: int = 0,
+) -> AnnData:
     """Return a copy of ``adata`` with states, confidence, novelty, signature scores and the embedding.
 
     Added are ``obs["carvae_state"]`` (``unknown`` for cells with too few counts, and for those stranger than the model
@@ -48,22 +69,36 @@ def annotate(adata: AnnData, model: Bundle | Path | str, config: PredictConfig |
     ``obs["carvae_novelty"]`` (share of held-out training cells that look less strange), with ``predict.coverage``
     ``obs["carvae_set"]`` and ``obs["carvae_state_sure"]``, ``obs["carvae_score_<signature>"]``,
     ``obsm["carvae_probability"]``, ``obsm["X_carvae"]`` and ``uns["carvae"]``; a tree with several axes adds
-    ``carvae_<axis>`` and the like for the others.
+    ``carvae_<axis>`` and the like for the others. Where there are clones, ``obs["clone_id"]`` (within the patient) and
+    ``obs["clone_size"]``; where the CAR is among the features, ``obs["carvae_car_probability"]``; with ``predict.root``
+    ``obs["carvae_pseudotime"]``.
+
+    Parameters
+    ----------
+    clones
+        T-cell receptors: 10x contigs, an AIRR table, a folder of those, or an AnnData of scirpy. By default the query's
+        own column ``clone_id``, else its ``obsm["airr"]``.
+    clones_config
+        What makes a clone; `ClonesConfig`.
+    seed
+        Of the random draws.
 
     Raises
     ------
     CarvaeError
-        The counts are no raw counts, too few of the model's genes are there, or the model has no labels.
+        The counts are no raw counts, too few of the model's genes are there, the model has no labels, or the receptors
+        fit no cell.
     """
-    return _in_memory(adata, model, config, label=True)
+    asked = Asked(check_given(clones), clones_config or ClonesConfig(), seed)
+    return _in_memory(adata, model, config, label=True, asked=asked)
 
 
 def embed(adata: AnnData, model: Bundle | Path | str, config: PredictConfig | None = None) -> AnnData:
     """Return a copy of ``adata`` with ``obsm["X_carvae"]`` and ``uns["carvae"]``; raises as `annotate`."""
-    return _in_memory(adata, model, config, label=False)
+    return _in_memory(adata, model, config, label=False, asked=Asked())
 
 
-def run(query: Path, model: Path, out: Path, config: PredictConfig, *, label: bool) -> Path:
+def run(query: Path, model: Path, out: Path, config: PredictConfig, *, label: bool, asked: Asked | None = None) -> Path:
     """Embed (and with ``label`` annotate) a file or folder, and write ``out``; returns its path.
 
     Parameters
@@ -73,6 +108,8 @@ def run(query: Path, model: Path, out: Path, config: PredictConfig, *, label: bo
     out
         ``.h5ad`` or ``.zarr`` for an AnnData, ``.csv`` or ``.csv.gz`` for a table of cells. With ``label`` a table of
         samples, ``<out>.samples.csv``, is written beside it.
+    asked
+        Where clones are, and what makes one.
 
     Raises
     ------
@@ -80,16 +117,18 @@ def run(query: Path, model: Path, out: Path, config: PredictConfig, *, label: bo
         The query or the model cannot be used; nothing is written then.
     """
     check_output(query, out)
-    bundle = _labelling(load(model), config, label)
+    bundle, asked = _labelling(load(model), config, label), asked or Asked()
     try:
-        _write(_Pass(query, bundle, config, label=label, whole=False), model, out)
+        _write(_Pass(query, bundle, config, label=label, whole=False, asked=asked), model, out)
     except CountsError:  # not where the first cells pointed to: all places are looked through
-        _write(_Pass(query, bundle, config, label=label, whole=True), model, out)
+        _write(_Pass(query, bundle, config, label=label, whole=True, asked=asked), model, out)
     log.info("wrote %s%s", out, f" and {samples_path(out)}" if label else "")
     return out
 
 
-def _in_memory(adata: AnnData, model: Bundle | Path | str, config: PredictConfig | None, *, label: bool) -> AnnData:
+def _in_memory(
+    adata: AnnData, model: Bundle | Path | str, config: PredictConfig | None, *, label: bool, asked: Asked
+) -> AnnData:
     config = config or PredictConfig()
     bundle = _labelling(model if isinstance(model, Bundle) else load(model), config, label)
     if config.dask is not None:
@@ -97,11 +136,11 @@ def _in_memory(adata: AnnData, model: Bundle | Path | str, config: PredictConfig
             "predict.dask works on files, not on an AnnData in memory; leave it out, or write the AnnData"
         )
     try:
-        results, uns = _results(_Pass(adata, bundle, config, label=label, whole=False))
+        results, late, uns = _results(_Pass(adata, bundle, config, label=label, whole=False, asked=asked))
     except CountsError:
-        results, uns = _results(_Pass(adata, bundle, config, label=label, whole=True))
+        results, late, uns = _results(_Pass(adata, bundle, config, label=label, whole=True, asked=asked))
     result = adata.to_memory() if adata.isbacked else adata.copy()
-    add_results(result, results, uns)
+    add_results(result, results, late, uns)
     return result
 
 
@@ -116,12 +155,13 @@ def _labelling(bundle: Bundle, config: PredictConfig, label: bool) -> Bundle:
     return bundle
 
 
-def _results(work: _Pass) -> tuple[CellResults, dict[str, Any]]:
+def _results(work: _Pass) -> tuple[CellResults, pd.DataFrame, dict[str, Any]]:
     parts = []
     for part in work.labelled():
         work.add(part)
         parts.append(part.results)
-    return CellResults.joined(parts), work.uns(work.confirmed())
+    sources, late = work.confirmed(), work.late_results().obs
+    return CellResults.joined(parts), late, work.uns(sources, late)
 
 
 def _write(work: _Pass, model: Path, out: Path) -> None:
@@ -135,10 +175,10 @@ def _write(work: _Pass, model: Path, out: Path) -> None:
             for part in parts:
                 work.add(part)
                 write(part.results)
-        sources = work.confirmed()
-        writer.finish(sources, work.uns(sources))
+        sources, late = work.confirmed(), work.late_results()
+        writer.finish(sources, late.obs, work.uns(sources, late.obs))
         if table is not None and work.table is not None:
-            frame = work.table.frame()
+            frame = work.table.frame(late.samples)
             frame.to_csv(table, index=False)
             if "verdict" in frame:
                 for row in frame[frame["verdict"] != IN_RANGE].itertuples():
@@ -149,28 +189,43 @@ class _Pass:
     """One pass over all cells of a query."""
 
     def __init__(
-        self, query: Path | AnnData, bundle: Bundle, config: PredictConfig, *, label: bool, whole: bool
+        self, query: Path | AnnData, bundle: Bundle, config: PredictConfig, *, label: bool, whole: bool, asked: Asked
     ) -> None:
         self.query, self.bundle, self.config, self.label, self.whole = query, bundle, config, label, whole
+        self.asked = asked
         self.sources = _open(query, config.counts, whole)
-        self.sample = pd.Categorical(np.concatenate([self._samples(source) for source in self.sources]))
+        obs = pd.concat([self._obs(source) for source in self.sources], ignore_index=True)
+        self.sample = pd.Categorical(obs["sample"])
         self.labellers = [Labeller(source, bundle, config, label=label) for source in self.sources]
         self._say_genes()
         trees = bundle.tree.axes if label and bundle.tree else ()
         self.states = {axis.name: axis.leaves for axis in trees}
         verdicts = None if bundle.trust is None else Verdicts(bundle.trust, config.warn_overlap)
-        self.table = SampleTable(self.sample, self.states, verdicts) if label else None
+        self.table = SampleTable(self.sample, self.states, obs, verdicts) if label else None
+        self.late = self._late(obs) if label else None
         self.parts: list[_Kept] = []
         self.columns: list[str] = []
 
-    def _samples(self, source: CountsSource) -> np.ndarray[Any, np.dtype[np.object_]]:
-        columns = source.cells.columns
-        wanted = {*contract_columns(columns), self.config.sample}
+    def _obs(self, source: CountsSource) -> pd.DataFrame:
+        """What is known of each cell in the terms of the contract, and the columns that settings name."""
+        columns, car = source.cells.columns, self.config.car
+        mapped = contract_map(self.config.sample, self.asked.config)
+        wanted = {*contract_columns(columns), *mapped.values(), car.column, car.protein}
         obs = source.cells.frame([column for column in columns if column in wanted])
-        sample, notes = query_samples(obs, source.name, self.config.sample)
-        for note in (*source.notes, *notes):
+        found, notes = query_obs(obs, source.name, mapped)
+        for note in (*source.notes, *(note for note in notes if SAID.search(note))):
             log.info("%s: %s", source.name, note)
-        return sample
+        return found.join(obs[[name for name in (car.column, car.protein) if name in obs and name not in found]])
+
+    def _late(self, obs: pd.DataFrame) -> Late:
+        assert self.table is not None
+        check_root(self.config.root, self.states[self.bundle.axes[0]], [s.name for s in self.bundle.signatures.items])
+        self.earlier = earlier_columns(self.query)
+        clones = clones_of(self.query, self.sources, obs, self.asked, self.earlier)
+        sorting = Sorting.of(obs, self.config.car)
+        return Late(
+            self.table.code_N, len(self.table.names), self.table.main, self.config, clones, self.asked.config, sorting
+        )
 
     def _say_genes(self) -> None:
         log.info("genes: %s", self.worst.sentence())
@@ -209,8 +264,16 @@ class _Pass:
         """Keep what is to be known of the cells in the end."""
         self.parts.append(_Kept(part.total_N, part.print_N, part.largest))
         self.columns = list(map(str, part.results.obs))
-        if self.table is not None:
+        if self.table is not None and self.late is not None:
             self.table.add(part)
+            self.late.add(part)
+
+    def late_results(self) -> LateResults:
+        """What is known now that all cells were read; nothing of an embedding."""
+        if self.late is None:
+            return LateResults(pd.DataFrame(index=range(len(self.sample))), pd.DataFrame())
+        found = self.late.results(np.random.default_rng(self.asked.seed))
+        return LateResults(late_columns(found.obs, self.sources, self.earlier), found.samples)
 
     def confirmed(self) -> list[CountsSource]:
         """The sources, verified now that all was read.
@@ -236,10 +299,14 @@ class _Pass:
             log.info("%s of %s cells are unknown: %s", f"{n_unknown:,}", f"{first:,}", why)
         return confirmed
 
-    def uns(self, sources: Sequence[CountsSource]) -> dict[str, Any]:
+    def uns(self, sources: Sequence[CountsSource], late: pd.DataFrame) -> dict[str, Any]:
         """``uns["carvae"]``: where every column comes from."""
-        columns = {"columns": np.array(self.columns, dtype=object)} if self.label else {}
-        # a later run replaces these columns and no others
+        columns: dict[str, Any] = {}
+        if self.late is not None:
+            # a later run replaces these columns and no others
+            columns["columns"] = np.array([*self.columns, *map(str, late)], dtype=object)
+            if self.late.clones is not None and self.late.clones.report is not None:
+                columns["clones"] = json.dumps(asdict(self.late.clones.report))
         return _provenance(self.bundle, self.config, self.worst, self.states) | _counts_from(sources) | columns
 
 

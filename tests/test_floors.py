@@ -20,7 +20,7 @@ ROOT = PACKAGE.parent
 # A folder or a module on top stands on one floor and imports only from the floors below.
 FLOOR = {
     "errors": 0,
-    **dict.fromkeys(("section", "config"), 1),
+    **dict.fromkeys(("section", "patient_config", "config"), 1),
     **dict.fromkeys(("data", "labels"), 2),
     "model": 3,
     **dict.fromkeys(("ingest", "train", "predict", "map", "report", "studies", "doctor"), 4),
@@ -30,7 +30,7 @@ FLOOR = {
     "__main__": 8,
 }
 # Training rebuilds a store that is out of date; a config is made of sections.
-BESIDE = {("train", "ingest"), ("config", "section")}
+BESIDE = {("train", "ingest"), ("config", "section"), ("patient_config", "section"), ("config", "patient_config")}
 ONLY_IN = {
     "lightning": {"model/objective.py", "model/trainer.py"},
     "pytorch_lightning": {"model/trainer.py"},

@@ -87,7 +87,7 @@ def write(query: Path, out: Path, state: str = "x", at_once: int = 7, fails: boo
             writer.append(results_of(min(at_once, n_cells - first), state, first))
         if fails:
             raise OSError("disk full")
-        writer.finish(sources, UNS)
+        writer.finish(sources, NO_LATE, UNS)
 
 
 def read(path: Path) -> ad.AnnData:
@@ -167,7 +167,7 @@ def test_a_query_with_one_barcode_twice_gets_its_results_in_order() -> None:
     query.obs_names = ["same", *query.obs_names[1:-1], "same"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        add_results(query, results_of(30), UNS)
+        add_results(query, results_of(30), NO_LATE, UNS)
     assert query.obs_names[0] == query.obs_names[-1] == "same"
     assert np.array_equal(query.obsm["X_carvae"], results_of(30).latent)
     assert query.obs["carvae_state"].notna().all()
@@ -375,7 +375,7 @@ def test_too_few_results_are_a_fault_and_leave_nothing(tmp_path: Path) -> None:
     def all_but_one() -> None:
         with writing_results(source, sources, pd.Categorical(["s"] * 30), tmp_path / "o.h5ad") as writer:
             writer.append(results_of(29))
-            writer.finish(sources, UNS)
+            writer.finish(sources, NO_LATE, UNS)
 
     with pytest.raises(AssertionError, match="29 of 30 cells came"):
         all_but_one()

@@ -9,14 +9,17 @@ from __future__ import annotations
 import gzip
 import logging
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+import h5py
 import numpy as np
 import pandas as pd
+import zarr
 from anndata import AnnData
 from anndata.io import read_elem, write_elem
 from numpy.typing import NDArray
@@ -31,6 +34,7 @@ log = logging.getLogger(__name__)
 
 LATENT = "X_carvae"
 TABLES = (".csv", ".csv.gz")
+LATE_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +68,16 @@ class ResultsWriter(Protocol):
         """Write the results of the next cells."""
         ...
 
-    def finish(self, sources: Sequence[CountsSource], uns: dict[str, Any]) -> None:
-        """Write what is known only at the end; ``sources`` are verified by now."""
+    def finish(self, sources: Sequence[CountsSource], late: pd.DataFrame, uns: dict[str, Any]) -> None:
+        """Write what is known only at the end: further columns of ``obs``; ``sources`` are verified by now."""
         ...
 
 
-def add_results(adata: AnnData, results: CellResults, uns: dict[str, Any]) -> None:
+def add_results(adata: AnnData, results: CellResults, late: pd.DataFrame, uns: dict[str, Any]) -> None:
     """Put results into an AnnData; what an earlier run wrote is replaced, nothing else is touched."""
-    gone = _replaced(results, adata.uns.get("carvae", {}))
+    gone = _replaced(results, adata.uns.get("carvae", {})) | set(late)
     kept = adata.obs.drop(columns=[column for column in adata.obs if column in gone])
-    adata.obs = pd.concat([kept, results.obs.set_axis(kept.index)], axis=1)
+    adata.obs = pd.concat([kept, results.obs.set_axis(kept.index), late.set_axis(kept.index)], axis=1)
     adata.obsm.update(results.obsm())
     adata.uns[_uns_key(uns, "carvae" in adata.uns)] = uns
 
@@ -98,9 +102,10 @@ def writing_results(
     with ExitStack() as stack:
         scratch = stack.enter_context(replacing_folder(out) if out.suffix == ".zarr" else replacing_file(out))
         if out.name.endswith(TABLES):
-            text = out.name.endswith(".gz")
-            file = stack.enter_context(gzip.open(scratch, "wt") if text else scratch.open("w", encoding="utf-8"))
-            yield _TableWriter(file, sources, sample)
+            packed = out.name.endswith(".gz")
+            file = stack.enter_context(gzip.open(scratch, "wt") if packed else scratch.open("w", encoding="utf-8"))
+            rows = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", dir=scratch.parent))
+            yield _TableWriter(file, rows, sources, sample)
             return
         copied = query.suffix == out.suffix and len(sources) == 1
         if query.suffix in {".h5ad", ".zarr"} and not copied:
@@ -133,6 +138,24 @@ def samples_path(out: Path) -> Path:
     return out.with_name(f"{stem}.samples.csv")
 
 
+def earlier_columns(query: Path | AnnData) -> set[str]:
+    """Columns of ``obs`` that an earlier run wrote into the query."""
+    if isinstance(query, AnnData):
+        found = query.uns.get("carvae", {})
+    elif query.suffix == ".zarr" or (query.is_dir() and (query / "zarr.json").is_file()):
+        found = _earlier(zarr.open_group(query, mode="r", use_consolidated=False))
+    elif query.suffix == ".h5ad":
+        with h5py.File(query, "r", locking="best-effort") as file:
+            found = _earlier(file)
+    else:
+        found = {}
+    return {str(column) for column in found.get("columns", ())}
+
+
+def _earlier(root: Any) -> dict[str, Any]:
+    return dict(read_elem(root["uns/carvae"])) if "uns/carvae" in root else {}
+
+
 def _uns_key(uns: Mapping[str, Any], annotated: bool) -> str:
     """Key of ``uns``: an embedding of what was annotated before does not pass for the source of its labels."""
     return "carvae" if "columns" in uns or not annotated else "carvae_embedding"
@@ -163,10 +186,13 @@ class _Names:
 
 
 class _TableWriter:
-    """Cells as rows: barcode, sample, results, and the latent coordinates."""
+    """Cells as rows: barcode, sample, results, the latent coordinates, and what is known only at the end.
 
-    def __init__(self, file: IO[str], sources: Sequence[CountsSource], sample: pd.Categorical) -> None:
-        self.file, self.names, self.sample, self.done = file, _Names(sources), sample, 0
+    Rows wait in a file without a name for their last columns.
+    """
+
+    def __init__(self, file: IO[str], rows: IO[str], sources: Sequence[CountsSource], sample: pd.Categorical) -> None:
+        self.file, self.rows, self.names, self.sample, self.done = file, rows, _Names(sources), sample, 0
 
     def append(self, results: CellResults) -> None:
         stop = self.done + len(results.latent)
@@ -174,11 +200,19 @@ class _TableWriter:
         table = pd.concat([results.obs.reset_index(drop=True), latent], axis=1)
         table.insert(0, "sample", np.asarray(self.sample[self.done : stop]))
         table.index = pd.Index(self.names.of(self.done, stop), dtype=object)
-        table.to_csv(self.file, index_label="cell", header=not self.done)
+        table.to_csv(self.rows, index_label="cell", header=not self.done)
         self.done = stop
 
-    def finish(self, sources: Sequence[CountsSource], uns: dict[str, Any]) -> None:
-        pass
+    def finish(self, sources: Sequence[CountsSource], late: pd.DataFrame, uns: dict[str, Any]) -> None:
+        self.rows.seek(0)
+        if not len(late.columns):
+            shutil.copyfileobj(self.rows, self.file)
+            return
+        self.file.write(f"{self.rows.readline().rstrip()},{','.join(map(str, late))}\n")
+        for start in range(0, len(late), LATE_AT_ONCE):
+            last = late.iloc[start : start + LATE_AT_ONCE].to_csv(index=False, header=False, lineterminator="\n")
+            for end in last.splitlines(keepends=True):
+                self.file.write(f"{self.rows.readline().rstrip()},{end}")
 
 
 class _AnnDataWriter:
@@ -191,7 +225,7 @@ class _AnnDataWriter:
         for part in ("obsm", "uns"):
             if part not in root:
                 write_elem(root, part, {})
-        self.earlier = read_elem(root["uns/carvae"]) if "uns/carvae" in root else {}
+        self.earlier = _earlier(root)
         self.columns: Columns | None = None
         self.n_cells = len(sample)
 
@@ -201,9 +235,13 @@ class _AnnDataWriter:
         obsm = {f"obsm/{key}": values for key, values in results.obsm().items()}
         self.columns.append({f"obs/{name}": results.obs[name] for name in results.obs} | obsm)
 
-    def finish(self, sources: Sequence[CountsSource], uns: dict[str, Any]) -> None:
+    def finish(self, sources: Sequence[CountsSource], late: pd.DataFrame, uns: dict[str, Any]) -> None:
         assert self.columns is not None, "a query has cells"
         self.columns.close()
+        if len(late.columns):
+            columns = Columns(self.root, self.n_cells, set(map(str, late)))
+            columns.append({f"obs/{name}": late[name] for name in late})
+            columns.close()
         replace_element(self.root, f"uns/{_uns_key(uns, 'carvae' in self.root['uns'])}", uns)
         if not self.copied:
             write_counts(self.root, sources)

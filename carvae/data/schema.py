@@ -37,12 +37,13 @@ CONTRACT: tuple[Column, ...] = (
     Column("study"),
     Column("sample", aliases=("sample_id", "orig.ident", "library_id", "batch")),
     Column("patient", aliases=("donor_id", "patient_id", "donor", "subject_id", "subject", "individual")),
+    Column("timepoint"),
     Column("timepoint_days", "number"),
     Column("tissue"),
     Column("product"),
     Column("assay"),
     Column("disease"),
-    Column("clone_id"),
+    Column("clone_id", aliases=("clonotype",)),
     Column("clone_size", "count", aliases=("clone_id_size",)),
     Column("response", per_patient=True),
     Column("response_timepoint", per_patient=True),
@@ -130,22 +131,31 @@ def inspect_obs(
 def query_samples(
     obs: pd.DataFrame, name: str, column: str | None = None
 ) -> tuple[np.ndarray[Any, np.dtype[np.object_]], tuple[str, ...]]:
-    """The sample of each cell of a query, and notes on how it was found.
+    """The sample of each cell of a query, and notes on how it was found; see `query_obs`, which raises the same."""
+    found, notes = query_obs(obs, name, {"sample": column} if column else {})
+    return found["sample"].to_numpy(dtype=object), tuple(note for note in notes if "sample" in note)
 
-    Taken from ``column`` where given, else from the contract's or a customary column; ``name`` for all cells where
-    there is none, and "unknown sample" where a cell has none.
+
+def query_obs(obs: pd.DataFrame, name: str, obs_map: Mapping[str, str]) -> tuple[pd.DataFrame, tuple[str, ...]]:
+    """What the contract knows of each cell of a query, and notes on how it was found.
+
+    The sample is taken from the caller's column where given, else from the contract's or a customary column; ``name``
+    for all cells where there is none, and "unknown sample" where a cell has none. A study is there only where ``obs``
+    names it.
 
     Raises
     ------
     SchemaError
-        ``obs`` has no such ``column``, or it cannot be used.
+        ``obs`` has no such column, or it cannot be used.
     """
-    found = inspect_obs(obs, name, {"sample": column} if column else {}, {}, require=())
+    found = inspect_obs(obs, name, obs_map, {}, require=())
     raise_problems(found.problems)
-    notes = tuple(note for note in found.notes if "sample" in note)
-    if "sample" not in found.obs:
-        return np.full(len(obs), name, dtype=object), notes
-    return found.obs["sample"].astype("string").fillna("unknown sample").to_numpy(dtype=object), notes
+    table = found.obs.drop(columns="study", errors="ignore")
+    if named_column([str(own) for own in obs.columns], "study"):
+        table["study"] = obs[named_column([str(own) for own in obs.columns], "study")[0]].astype("string")
+    sample = table["sample"].astype("string") if "sample" in table else pd.Series(name, index=obs.index, dtype="string")
+    table["sample"] = sample.fillna("unknown sample").astype(object)
+    return table, found.notes
 
 
 def check_studies(studies: Sequence[Harmonised]) -> None:

@@ -18,6 +18,7 @@ from carvae.data.counts import Checked
 from carvae.data.genes import GeneTable
 from carvae.data.readers import CountsSource
 from carvae.data.results import CellResults
+from carvae.data.transgene import transgene_columns
 from carvae.labels.axis import RESERVED
 from carvae.labels.signatures import coverage, score
 from carvae.model.bundle import Bundle
@@ -40,6 +41,8 @@ class Labelled:
     largest: int
     overlap: float
     """Share of the model's genes that the source measured."""
+    car_N: NDArray[np.int64] | None = None
+    """Counts of the CAR's features; None where the source has none."""
 
 
 class Labeller:
@@ -58,6 +61,7 @@ class Labeller:
         self.symbols = [str(symbol) for symbol in resolved.symbols]
         self.unscored = [s.signature for s in coverage(self.symbols, bundle.signatures) if not s.scored]
         columns = [np.flatnonzero(resolved.symbols == gene) for gene in MARKERS]
+        self.car = transgene_columns(source.genes, self.symbols, config.car.features)
         self.markers = {gene: column for gene, column in zip(MARKERS, columns, strict=True) if column.size}
 
     def __call__(self, block: Checked) -> Labelled:
@@ -72,7 +76,10 @@ class Labeller:
             )
             markers = {gene: np.diff(block.counts[:, at].indptr) > 0 for gene, at in self.markers.items()}
         overlap = self.alignment.receipt.overlap
-        return Labelled(results, markers, block.total_N, block.print_N, block.largest, overlap)
+        car_N = None
+        if self.label and self.car.size:
+            car_N = np.asarray(block.counts[:, self.car].sum(axis=1)).ravel().astype(np.int64)
+        return Labelled(results, markers, block.total_N, block.print_N, block.largest, overlap, car_N)
 
     def _predict(self, panel: sp.csr_matrix) -> Prediction | Judged:
         trust, network = self.bundle.trust, self.bundle.network

@@ -14,6 +14,10 @@ from carvae.model.labeller import MARKERS, Labelled
 from carvae.model.trust import Trust
 from carvae.model.verdict import LEAST_OVERLAP, figures_of_means
 
+TAIL = 0.025
+OF_CELLS = ("sample", "clone_id", "clone_size")
+"""Columns of the contract that are of a cell, or are the row itself."""
+
 
 class SampleTable:
     """Cells, depth, composition over states, mean signature scores and marker-positive fractions of each sample.
@@ -26,12 +30,19 @@ class SampleTable:
         Sample of each cell, in the order in which they will come.
     states
         Label axis -> its leaves, the main axis first or as `main_first` has it.
+    about
+        What is known of each cell besides, in the contract's names; what is the same in all cells of a sample is
+        written beside it.
     verdicts
         Adds a verdict on each sample.
     """
 
     def __init__(
-        self, sample: pd.Categorical, states: Mapping[str, tuple[str, ...]], verdicts: Verdicts | None = None
+        self,
+        sample: pd.Categorical,
+        states: Mapping[str, tuple[str, ...]],
+        about: pd.DataFrame | None = None,
+        verdicts: Verdicts | None = None,
     ) -> None:
         self.names = sorted(sample.categories)
         self.code_N = np.asarray(sample.set_categories(self.names).codes, np.int64)
@@ -41,6 +52,7 @@ class SampleTable:
         self.sums: dict[str, NDArray[np.float64]] = {}
         self.counts: dict[str, NDArray[np.int64]] = {}
         self.done, self.verdicts = 0, verdicts
+        self.about = pd.DataFrame() if about is None else shared(about, self.code_N, len(self.names))
 
     def add(self, labelled: Labelled) -> None:
         """Add the next cells."""
@@ -68,22 +80,66 @@ class SampleTable:
         self.sums[name] = total + self.sums.get(name, 0.0)
         self.counts[name] = n + self.counts.get(name, 0)
 
-    def frame(self) -> pd.DataFrame:
-        """The table, samples sorted by name."""
+    def frame(self, late: pd.DataFrame | None = None) -> pd.DataFrame:
+        """The table, samples sorted by name; ``late`` holds further columns in this order."""
         code, total = self.code_N[: self.done], np.concatenate(self.totals)
-        table = pd.DataFrame({"sample": self.names, "n_cells": np.bincount(code, minlength=len(self.names))})
+        table = pd.DataFrame({"sample": self.names}).join(self.about)
+        table["n_cells"] = np.bincount(code, minlength=len(self.names))
         table["n_cells_used"] = self.n_used
         table["median_counts"] = pd.Series(total).groupby(code).median().reindex(range(len(self.names))).to_numpy()
+        columns: dict[str, Any] = {}
         with np.errstate(invalid="ignore"):
             for name in self._order():
-                table[name] = self.sums[name] / self.counts[name]
-        return table if self.verdicts is None else table.join(self.verdicts.frame())
+                columns[name] = self.sums[name] / self.counts[name]
+                columns |= self._interval(name)
+        parts = [table, pd.DataFrame(columns), *([] if late is None else [late])]
+        parts += [] if self.verdicts is None else [self.verdicts.frame()]
+        return pd.concat(parts, axis=1)
+
+    def _interval(self, name: str) -> dict[str, NDArray[np.float64]]:
+        """The interval of a state's fraction, as two columns; nothing for any other column."""
+        for leaves in self.states.values():
+            if name.removeprefix("fraction ") in leaves and name.startswith("fraction "):
+                low, high = fraction_interval(self.sums[name], self.counts[name], len(leaves))
+                return {f"low {name}": low, f"high {name}": high}
+        return {}
 
     def _order(self) -> list[str]:
         """The columns: what every source had, then markers that some lacked, then scores."""
         scores = [name for name in self.sums if name.startswith("mean score_")]
         markers = [f"fraction {gene}+" for gene in MARKERS if f"fraction {gene}+" in self.sums]
         return [name for name in self.sums if name not in (*scores, *markers)] + markers + scores
+
+
+def fraction_interval(
+    count_B: NDArray[np.floating], total_B: NDArray[np.integer], n_states: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Ends of the central 95% interval of a state's fraction in each sample, NaN where it has no cells.
+
+    The counts of a sample are multinomial and its composition has a Dirichlet prior of one cell in all, spread evenly
+    (Perks, J Inst Actuar 73:285, 1947); the fraction of one state is then a beta variable. It says how far the cells
+    drawn may be from the specimen, not whether their labels are right.
+    """
+    from scipy.stats import beta
+
+    a_B, b_B = count_B + 1.0 / n_states, total_B - count_B + 1.0 - 1.0 / n_states
+    low_B, high_B = beta.ppf(TAIL, a_B, b_B), beta.ppf(1.0 - TAIL, a_B, b_B)
+    some = total_B > 0
+    return np.where(some, low_B, np.nan), np.where(some, high_B, np.nan)
+
+
+def shared(about: pd.DataFrame, code_N: NDArray[np.integer], n_samples: int) -> pd.DataFrame:
+    """The columns of the cells that say something of samples: a value that all cells of a sample have, else empty."""
+    columns = {}
+    for name in about:
+        if name in OF_CELLS:
+            continue
+        value, values = pd.factorize(about[name])
+        pairs = pd.DataFrame({"sample": code_N, "value": value})[value >= 0].drop_duplicates()
+        alone = pairs[~pairs["sample"].duplicated(keep=False)]
+        found = pd.Series(np.asarray(values, dtype=object)[alone["value"]], index=alone["sample"].to_numpy())
+        columns[str(name)] = found.reindex(range(n_samples)).infer_objects()
+    return pd.DataFrame(columns, index=range(n_samples))
 
 
 class Verdicts:

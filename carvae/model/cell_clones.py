@@ -1,0 +1,123 @@
+"""Where the clones of a query come from: what the user gave, its own column, or contigs beside its matrices."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from numpy.typing import NDArray
+
+from carvae.data.clonotypes import Clonotypes, find_clones, own_clones
+from carvae.data.contigs import beside
+from carvae.data.readers import CountsSource
+from carvae.errors import CarvaeError, ConfigError, SchemaError
+from carvae.patient_config import ClonesConfig
+
+log = logging.getLogger(__name__)
+
+CLONE_ID, CLONE_SIZE = "clone_id", "clone_size"
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is asked about clones."""
+
+    clones: Path | AnnData | None = None
+    """Receptors to read; None takes the query's own column, else what lies beside its matrices."""
+    config: ClonesConfig = field(default_factory=ClonesConfig)
+    seed: int = 0
+
+
+def contract_map(sample: str | None, config: ClonesConfig) -> dict[str, str]:
+    """Contract name -> column of the query, as the settings have it."""
+    named = {"sample": sample or config.sample, "patient": config.patient, "clone_id": config.clone}
+    named["timepoint"] = config.timepoint
+    return {name: column for name, column in named.items() if column is not None}
+
+
+def clones_of(
+    query: Path | AnnData, sources: Sequence[CountsSource], obs: pd.DataFrame, asked: Asked, earlier: set[str]
+) -> Clonotypes | None:
+    """The clone of every cell; None where nothing says it.
+
+    Parameters
+    ----------
+    obs
+        All cells in the terms of the contract.
+    earlier
+        Columns that an earlier run of carvae wrote.
+
+    Raises
+    ------
+    CarvaeError
+        What the user gave cannot be read, fits no cell, or would replace a column of the query's own.
+    """
+    own = CLONE_ID in obs
+    if asked.clones is not None:
+        if any(CLONE_ID in map(str, source.cells.columns) for source in sources) and CLONE_ID not in earlier:
+            raise SchemaError(
+                f"the query has a column {CLONE_ID!r} of its own, which would be replaced; leave out --clones to use "
+                "it, or rename it"
+            )
+        return _say(_read(asked.clones, sources, obs, asked.config))
+    if own:
+        log.info("clones are those of the query's own column")
+        return own_clones(obs[CLONE_ID].astype("string"), _patients(obs))
+    if isinstance(query, AnnData):
+        return _say(_read(query, sources, obs, asked.config)) if "airr" in query.obsm else None
+    if not (files := beside(query)):
+        return None
+    log.info("contigs are found with the query: %s", ", ".join(map(str, files)))
+    try:
+        return _say(_read(files, sources, obs, asked.config))
+    except CarvaeError as error:  # not asked for: the rest goes on without
+        log.warning("clones are left out: %s", error)
+        return None
+
+
+def late_columns(columns: pd.DataFrame, sources: Sequence[CountsSource], earlier: set[str]) -> pd.DataFrame:
+    """Those that do not bear the name of a column of the query's own."""
+    own = {str(column) for source in sources for column in source.cells.columns} - earlier
+    return columns.drop(columns=[column for column in columns if column in own])
+
+
+def _read(
+    given: Path | AnnData | Sequence[Path], sources: Sequence[CountsSource], obs: pd.DataFrame, config: ClonesConfig
+) -> Clonotypes:
+    names_N = np.concatenate([source.cells.names() for source in sources]).astype(str).astype(object)
+    return find_clones(given, names_N, obs["sample"].to_numpy(object), _patients(obs), config)
+
+
+def _say(clones: Clonotypes) -> Clonotypes:
+    assert clones.report is not None
+    for match in clones.report.files:
+        log.info("%s", match.sentence())
+    log.info("clones: %s", clones.report.sentence())
+    return clones
+
+
+def _patients(obs: pd.DataFrame) -> NDArray[np.object_]:
+    if "patient" in obs:
+        text = obs["patient"].astype("string")
+        if text.isna().any():
+            log.info("%s cells have no patient; each of their samples is taken as one", f"{int(text.isna().sum()):,}")
+        return text.fillna(obs["sample"].astype("string")).to_numpy(object)
+    log.info(
+        "the query names no patient, so clones are told within each sample; with clones.patient=COLUMN they are told "
+        "within the patient, and can be followed over time"
+    )
+    return obs["sample"].to_numpy(object)
+
+
+def check_given(clones: Path | AnnData | str | None) -> Path | AnnData | None:
+    """What the user gave, as a path or an AnnData; raises ConfigError where it is something else."""
+    if clones is None or isinstance(clones, Path | AnnData):
+        return clones
+    if isinstance(clones, str):
+        return Path(clones)
+    raise ConfigError(f"clones takes a path or an AnnData of scirpy, not a {type(clones).__name__}")
