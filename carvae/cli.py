@@ -113,6 +113,20 @@ def plan(
     run(query, model, out, settings.plan, settings.predict, settings.seed)
 
 
+@app.command()
+def clones(
+    table: Annotated[Path, typer.Argument(help="Annotated .h5ad or .zarr, or a .csv or .tsv of cells.")],
+    out: Annotated[Path, typer.Option(help="Folder for the tables and pictures.")],
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+) -> None:
+    """Follow clones over a patient's time points: which stay, grow or come, and from which state to which they go."""
+    settings = _start(quiet, None, _only(overrides, "clones.", "seed="))
+    from carvae.clones import run
+
+    run(table, out, settings.clones, settings.seed)
+
+
 @app.command("map")
 def map_(
     query: Query,

@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 CHUNKS_PER_TASK = 8
 """Chunks that a Dask worker labels at a time."""
-SAID = re.compile(r"\b(sample|patient|timepoint|clone_id)\b")
+SAID = re.compile(r"\b(sample|patient|timepoint)\b")
 """Columns whose finding is told."""
 
 

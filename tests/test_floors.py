@@ -25,6 +25,8 @@ FLOOR = {
     "model": 3,
     **dict.fromkeys(("ingest", "train", "predict", "map", "report", "studies", "doctor"), 4),
     **dict.fromkeys(("demo", "evaluation", "plan", "explain"), 5),
+    "clone_plots": 4,
+    "clones": 5,
     **dict.fromkeys(("evaluate", "app"), 6),
     "cli": 7,
     "__main__": 8,
@@ -37,6 +39,7 @@ ONLY_IN = {
     "wandb": {"model/trainer.py"},
     "scvi": {"model/scvi_bridge.py", "evaluation/scvi_baselines.py"},
     "scib_metrics": {"evaluation/integration.py"},
+    "scirpy": {"data/contigs.py"},
     "captum": {"model/attribution.py"},
     "celltypist": {"evaluation/baselines.py"},
 }

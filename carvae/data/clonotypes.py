@@ -168,8 +168,8 @@ def _nothing(receptors: Sequence[Receptors], matches: Sequence[FileMatch], names
             "into a folder with the name of its sample"
         )
     more = f" and {len(receptors) - 1} more" if receptors[1:] else ""
-    theirs, own = f"theirs look like {first!r}", f"the query's like {str(names_N[0])!r}"
-    return f"no barcode of {receptors[0].path}{more} is a cell of the query: {theirs}, {own}; give the contigs of its samples"
+    looks = f"theirs look like {first!r}, the query's like {str(names_N[0])!r}"
+    return f"no barcode of {receptors[0].path}{more} is a cell of the query: {looks}; give the contigs of its samples"
 
 
 def _once(table: pd.DataFrame, matches: Sequence[FileMatch]) -> pd.DataFrame:

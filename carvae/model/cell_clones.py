@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from carvae.data.clonotypes import Clonotypes, find_clones, own_clones
 from carvae.data.contigs import beside
 from carvae.data.readers import CountsSource
+from carvae.data.schema import named_column
 from carvae.errors import CarvaeError, ConfigError, SchemaError
 from carvae.patient_config import ClonesConfig
 
@@ -66,7 +67,8 @@ def clones_of(
             )
         return _say(_read(asked.clones, sources, obs, asked.config))
     if own:
-        log.info("clones are those of the query's own column")
+        names = {name for source in sources for name in named_column(source.cells.columns, CLONE_ID)}
+        log.info("clones are those of obs[%r]", asked.config.clone or min(names))
         return own_clones(obs[CLONE_ID].astype("string"), _patients(obs))
     if isinstance(query, AnnData):
         return _say(_read(query, sources, obs, asked.config)) if "airr" in query.obsm else None

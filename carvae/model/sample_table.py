@@ -9,12 +9,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from carvae.data.composition import fraction_interval
+from carvae.data.schema import NAMES
 from carvae.labels.axis import RESERVED, main_first
 from carvae.model.labeller import MARKERS, Labelled
 from carvae.model.trust import Trust
 from carvae.model.verdict import LEAST_OVERLAP, figures_of_means
 
-TAIL = 0.025
 OF_CELLS = ("sample", "clone_id", "clone_size")
 """Columns of the contract that are of a cell, or are the row itself."""
 
@@ -111,34 +112,15 @@ class SampleTable:
         return [name for name in self.sums if name not in (*scores, *markers)] + markers + scores
 
 
-def fraction_interval(
-    count_B: NDArray[np.floating], total_B: NDArray[np.integer], n_states: int
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Ends of the central 95% interval of a state's fraction in each sample, NaN where it has no cells.
-
-    The counts of a sample are multinomial and its composition has a Dirichlet prior of one cell in all, spread evenly
-    (Perks, J Inst Actuar 73:285, 1947); the fraction of one state is then a beta variable. It says how far the cells
-    drawn may be from the specimen, not whether their labels are right.
-    """
-    from scipy.stats import beta
-
-    a_B, b_B = count_B + 1.0 / n_states, total_B - count_B + 1.0 - 1.0 / n_states
-    low_B, high_B = beta.ppf(TAIL, a_B, b_B), beta.ppf(1.0 - TAIL, a_B, b_B)
-    some = total_B > 0
-    return np.where(some, low_B, np.nan), np.where(some, high_B, np.nan)
-
-
 def shared(about: pd.DataFrame, code_N: NDArray[np.integer], n_samples: int) -> pd.DataFrame:
     """The columns of the cells that say something of samples: a value that all cells of a sample have, else empty."""
     columns = {}
-    for name in about:
-        if name in OF_CELLS:
-            continue
+    for name in (name for name in NAMES if name in about and name not in OF_CELLS):
         value, values = pd.factorize(about[name])
         pairs = pd.DataFrame({"sample": code_N, "value": value})[value >= 0].drop_duplicates()
         alone = pairs[~pairs["sample"].duplicated(keep=False)]
         found = pd.Series(np.asarray(values, dtype=object)[alone["value"]], index=alone["sample"].to_numpy())
-        columns[str(name)] = found.reindex(range(n_samples)).infer_objects()
+        columns[name] = found.reindex(range(n_samples)).infer_objects()
     return pd.DataFrame(columns, index=range(n_samples))
 
 

@@ -1,0 +1,152 @@
+"""Pictures of clones over time. Axes: T time points, S states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from carvae.data.tracking import ClonalCells, detection_limit
+
+BAR = 0.16
+"""Width of a stacked bar, where time points are 1 apart."""
+PANEL_HEIGHT, PANEL_WIDTH = 3.0, 5.2
+UNKNOWN_COLOUR = "0.75"
+
+
+def colours(states: Sequence[str]) -> dict[str, Any]:
+    """A colour for each state."""
+    from matplotlib import colormaps
+
+    palette = colormaps["tab20"]
+    order = [*range(0, palette.N, 2), *range(1, palette.N, 2)]  # the strong ones first
+    return {state: palette(order[i % len(order)]) for i, state in enumerate(states)}
+
+
+def draw_tracking(found: ClonalCells, patients: Sequence[str], top: int, path: Path) -> None:
+    """The largest clones of each patient: share of the cells with a clone at each time point, coloured by state.
+
+    In the grey a clone may be there and not be seen; a dotted line passes over time points at which one was not.
+    """
+    from matplotlib.figure import Figure
+
+    colour, columns = colours(found.states()), min(2, len(patients))
+    rows = -(-len(patients) // columns)
+    figure = Figure(figsize=(PANEL_WIDTH * columns + 2.2, PANEL_HEIGHT * rows + 0.4), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).ravel()
+    for axes, patient in zip(panels, patients, strict=False):
+        _track(axes, found, patient, top, colour)
+    for axes in panels[len(patients) :]:
+        axes.set_visible(False)
+    _legend(figure, colour)
+    figure.savefig(path, dpi=130, format="png")
+
+
+def _track(axes: Any, found: ClonalCells, patient: str, top: int, colour: dict[str, Any]) -> None:
+    own, times = found.of(patient)
+    cloned = own[own["clone"].notna()]
+    total = cloned["timepoint"].value_counts().reindex(times, fill_value=0)
+    times = [time for time in times if total[time]]
+    count = cloned.groupby(["clone", "timepoint"]).size().unstack(fill_value=0).reindex(columns=times, fill_value=0)
+    share, limit = count / total[times], np.array([detection_limit(total[time]) for time in times])
+    several = share[(count > 0).sum(axis=1) > 1]
+    largest = count.loc[several.index].sum(axis=1).sort_values(ascending=False, kind="stable")
+    chosen = several.loc[largest.index[:top]]
+    x = np.arange(len(times))
+    for clone, row in chosen.iterrows():
+        y, at = row.to_numpy(), np.flatnonzero(row.to_numpy() > 0)
+        for start, end in pairwise(at):
+            style = "-" if end == start + 1 else ":"
+            axes.plot(x[[start, end]], y[[start, end]], color="0.6", linewidth=1, linestyle=style, zorder=1)
+        cells = cloned[cloned["clone"] == clone]
+        state = [cells.loc[cells["timepoint"] == time, "state"].dropna().mode() for time in times]
+        shade = [colour[s.iloc[0]] if len(s) else UNKNOWN_COLOUR for s in state]
+        axes.scatter(x[at], y[at], c=[shade[i] for i in at], s=34, zorder=3, edgecolors="white", linewidths=0.5)
+    axes.set_yscale("log")
+    floor = axes.get_ylim()[0]
+    axes.fill_between(x, floor, limit, color="0.9", zorder=0, linewidth=0)
+    axes.set_ylim(bottom=floor)
+    axes.set_xticks(x, [f"{time}\n{total[time]:,}" for time in times], fontsize=8)
+    axes.set_title(f"{patient}: {len(chosen)} of {len(several):,} clones seen more than once", loc="left", fontsize=10)
+    axes.set_ylabel("share of cells with a clone", fontsize=8)
+
+
+def draw_flow(found: ClonalCells, transitions: pd.DataFrame, path: Path) -> None:
+    """Left: states of all cells at each time point. Right: states of the clones seen at a time point and the next."""
+    from matplotlib.figure import Figure
+
+    patients, colour = found.patients(), colours(found.states())
+    figure = Figure(figsize=(12.5, 2.1 * len(patients) + 0.6), layout="constrained")
+    most = max(len(found.of(patient)[1]) for patient in patients)
+    panels = figure.subplots(len(patients), 2, squeeze=False)
+    for (left, right), patient in zip(panels, patients, strict=True):
+        own, times = found.of(patient)
+        known = own.dropna(subset=["state"])
+        for x, time in enumerate(times):
+            here = known[known["timepoint"] == time]["state"].value_counts(normalize=True)
+            _stack(left, x, here.reindex(list(colour), fill_value=0.0), 4 * BAR, colour)
+        counts = known["timepoint"].value_counts().reindex(times, fill_value=0)
+        left.set_title(f"{patient}: all cells", loc="left", fontsize=9)
+        left.set_xticks(range(len(times)), [f"{time}\n{counts[time]:,}" for time in times], fontsize=7)
+        _alluvial(right, transitions, patient, times, colour)
+        for axes in (left, right):
+            axes.set(ylim=(0, 1), xlim=(-0.6, max(most, 2) - 0.4), yticks=(0, 0.5, 1))
+            axes.tick_params(axis="y", labelsize=7)
+    _legend(figure, colour)
+    figure.savefig(path, dpi=130, format="png")
+
+
+def _stack(axes: Any, x: float, share: pd.Series[float], width: float, colour: dict[str, Any]) -> None:
+    bottom = 0.0
+    for state, height in share.items():
+        axes.bar(x, height, width, bottom=bottom, color=colour[str(state)], linewidth=0)
+        bottom += height
+
+
+def _alluvial(axes: Any, table: pd.DataFrame, patient: str, times: Sequence[str], colour: dict[str, Any]) -> None:
+    labels, places = [], []
+    for x, (start, end) in enumerate(pairwise(times)):
+        none = not len(table)
+        pair = table if none else table[(table["patient"] == patient) & (table["from"] == start) & (table["to"] == end)]
+        places.append(x + 0.5)
+        if none or not len(pair):
+            labels.append(f"{start} to {end}\nnone")
+            continue
+        states = list(colour)
+        weight = pair.pivot(index="state_from", columns="state_to", values="weight").reindex(
+            index=states, columns=states
+        )
+        weight_SS = weight.fillna(0.0).to_numpy()
+        n_clones = round(weight_SS.sum())
+        labels.append(f"{start} to {end}\n{n_clones:,} clone{'' if n_clones == 1 else 's'}")
+        weight_SS /= weight_SS.sum()
+        ends = (x + BAR, x + 1 - BAR)
+        for at, side in ((ends[0] - BAR / 2, 1), (ends[1] + BAR / 2, 0)):
+            _stack(axes, at, pd.Series(weight_SS.sum(axis=side), index=states), BAR, colour)
+        _ribbons(axes, weight_SS, ends, [colour[state] for state in states])
+    axes.set_title(f"{patient}: clones seen at both time points", loc="left", fontsize=9)
+    axes.set_xticks(places, labels, fontsize=7)
+
+
+def _ribbons(axes: Any, weight_SS: np.ndarray[Any, Any], ends: tuple[float, float], shade: Sequence[Any]) -> None:
+    """From each earlier to each later state a band as high as the share of the clones that went this way."""
+    t = np.linspace(0, 1, 30)
+    x, smooth = ends[0] + (ends[1] - ends[0]) * t, t * t * (3 - 2 * t)
+    left_S = np.append(0.0, weight_SS.sum(1).cumsum())[:-1]
+    right_S = np.append(0.0, weight_SS.sum(0).cumsum())[:-1]
+    for i, j in zip(*np.nonzero(weight_SS), strict=True):
+        low = left_S[i] + (right_S[j] - left_S[i]) * smooth
+        axes.fill_between(x, low, low + weight_SS[i, j], color=shade[i], alpha=0.45, linewidth=0)
+        left_S[i] += weight_SS[i, j]
+        right_S[j] += weight_SS[i, j]
+
+
+def _legend(figure: Any, colour: dict[str, Any]) -> None:
+    from matplotlib.patches import Patch
+
+    handles = [Patch(color=shade, label=state) for state, shade in colour.items()]
+    figure.legend(handles=handles, loc="outside right upper", fontsize=8, title="state", title_fontsize=8)
