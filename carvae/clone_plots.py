@@ -15,7 +15,7 @@ from carvae.data.tracking import ClonalCells, detection_limit
 BAR = 0.16
 """Width of a stacked bar, where time points are 1 apart."""
 PANEL_HEIGHT, PANEL_WIDTH = 3.0, 5.2
-UNKNOWN_COLOUR = "0.75"
+UNKNOWN_COLOUR, MISSED = "0.75", "0.9"
 
 
 def colours(states: Sequence[str]) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def draw_tracking(found: ClonalCells, patients: Sequence[str], top: int, path: P
         _track(axes, found, patient, top, colour)
     for axes in panels[len(patients) :]:
         axes.set_visible(False)
-    _legend(figure, colour)
+    _legend(figure, colour | {"may be missed": MISSED})
     figure.savefig(path, dpi=130, format="png")
 
 
@@ -68,7 +68,7 @@ def _track(axes: Any, found: ClonalCells, patient: str, top: int, colour: dict[s
         axes.scatter(x[at], y[at], c=[shade[i] for i in at], s=34, zorder=3, edgecolors="white", linewidths=0.5)
     axes.set_yscale("log")
     floor = axes.get_ylim()[0]
-    axes.fill_between(x, floor, limit, color="0.9", zorder=0, linewidth=0)
+    axes.fill_between(x, floor, limit, color=MISSED, zorder=0, linewidth=0)
     axes.set_ylim(bottom=floor)
     axes.set_xticks(x, [f"{time}\n{total[time]:,}" for time in times], fontsize=8)
     axes.set_title(f"{patient}: {len(chosen)} of {len(several):,} clones seen more than once", loc="left", fontsize=10)
@@ -92,6 +92,7 @@ def draw_flow(found: ClonalCells, transitions: pd.DataFrame, path: Path) -> None
         counts = known["timepoint"].value_counts().reindex(times, fill_value=0)
         left.set_title(f"{patient}: all cells", loc="left", fontsize=9)
         left.set_xticks(range(len(times)), [f"{time}\n{counts[time]:,}" for time in times], fontsize=7)
+        right.set_visible(len(times) > 1)
         _alluvial(right, transitions, patient, times, colour)
         for axes in (left, right):
             axes.set(ylim=(0, 1), xlim=(-0.6, max(most, 2) - 0.4), yticks=(0, 0.5, 1))

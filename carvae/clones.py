@@ -82,7 +82,7 @@ def run(source: Path, out: Path, config: ClonesConfig, seed: int = 0) -> Path:
     with ExitStack() as stack:
         places = {name: stack.enter_context(replacing_file(out / name)) for name in TABLES}
         for name, table in zip(TABLES, tables, strict=True):
-            table.to_csv(places[name], index=False)
+            table.to_csv(places[name], index=False, float_format="%.6g")
         if followed:
             draw_tracking(found, followed, config.top, stack.enter_context(replacing_file(out / PLOTS[0])))
         draw_flow(found, tables[TABLES.index("transitions.csv")], stack.enter_context(replacing_file(out / PLOTS[1])))
@@ -132,10 +132,10 @@ def clonal_cells(obs: pd.DataFrame, name: str, config: ClonesConfig) -> ClonalCe
     SchemaError
         A column is not there, no cell has a clone, or the order of the time points is not clear.
     """
-    named = {"patient": config.patient, "sample": config.sample, "clone_id": config.clone}
-    named["timepoint"] = config.timepoint
     columns = [str(column) for column in obs.columns]
-    named = {key: own for key, own in named.items() if own is not None}
+    settings = {"patient": config.patient, "sample": config.sample, "clone_id": config.clone}
+    settings["timepoint"] = config.timepoint
+    named = {key: own for key, own in settings.items() if own is not None}
     has_sample = "sample" in named or bool(named_column(columns, "sample"))
     # Without a sample all cells would be taken as one of several patients.
     known = obs if has_sample else obs.assign(sample=np.arange(len(obs)))

@@ -20,7 +20,7 @@ class ClonesConfig(Section):
     depth: int | None = Field(None, ge=2)
     """Cells with a clone to which samples are thinned, so that their diversity can be compared; by default as many as
     the smallest sample has that has ``min_cells``. Give a number to compare with samples of other runs."""
-    min_cells: int = Field(20, ge=2)
+    min_cells: int = Field(50, ge=2)
     """Samples with fewer cells with a clone have no figures at equal depth."""
     draws: int = Field(200, ge=20)
     """Random draws at that depth."""

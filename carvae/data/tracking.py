@@ -178,12 +178,16 @@ def _discovery_rate(p_C: Floats) -> Floats:
 
 
 def persistence(found: ClonalCells) -> pd.DataFrame:
-    """How many clones are seen again, beside how many would be were every clone as frequent as before."""
+    """How many clones are seen again, beside how many would be were every clone as frequent as before.
+
+    A clone's earlier frequency is its share of the cells times Good and Turing's estimate of the share that all clones
+    seen have together (Good, Biometrika 40:237, 1953): most clones of one cell are rarer than that cell says.
+    """
     rows = []
     for patient, pair, start, end in found.pairs():
         count = pair.groupby([CLONE, TIME]).size().unstack(fill_value=0)
         a, b = count[start].to_numpy(), count[end].to_numpy()
-        share_C = a[a > 0] / a.sum()
+        share_C = a[a > 0] / a.sum() * coverage(a)
         rows.append(
             {
                 "patient": patient,
@@ -204,6 +208,11 @@ def persistence(found: ClonalCells) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def coverage(count_C: NDArray[np.integer]) -> float:
+    """Share of the patient's cells that are of the clones seen: one minus the share of clones of one cell."""
+    return float(1.0 - (count_C == 1).sum() / count_C.sum())
 
 
 def sharing(found: ClonalCells) -> pd.DataFrame:
@@ -294,9 +303,8 @@ def flow(found: ClonalCells) -> pd.DataFrame:
     for patient in found.patients():
         own, times = found.of(patient)
         for time in times:
-            count_S = (
-                own.loc[own[TIME] == time, STATE].value_counts().reindex(states, fill_value=0).to_numpy(np.float64)
-            )
+            seen = own.loc[own[TIME] == time, STATE].value_counts().reindex(states, fill_value=0)
+            count_S = np.asarray(seen, np.float64)
             low, high = fraction_interval(count_S, np.full(len(states), count_S.sum()), len(states))
             values: Mapping[str, Any] = {
                 "n_cells": count_S.astype(np.int64),
