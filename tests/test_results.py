@@ -50,6 +50,7 @@ def cells(n: int = 30, seed: int = 0, n_genes: int = 12) -> ad.AnnData:
     return adata
 
 
+NO_LATE = pd.DataFrame(index=range(30))
 UNS = {
     "bundle_id": "abc",
     "states": {"state": np.array(["x", "y"], dtype=object)},
@@ -77,7 +78,9 @@ def stored(folder: Path, name: str = "q.h5ad", adata: ad.AnnData | None = None, 
     return path
 
 
-def write(query: Path, out: Path, state: str = "x", at_once: int = 7, fails: bool = False) -> None:
+def write(
+    query: Path, out: Path, state: str = "x", at_once: int = 7, fails: bool = False, late: pd.DataFrame = NO_LATE
+) -> None:
     """Results in pieces, as a stream brings them."""
     sources = open_samples(query)
     sample = pd.Categorical(np.concatenate([query_samples(s.obs, s.name)[0] for s in sources]))
@@ -87,7 +90,7 @@ def write(query: Path, out: Path, state: str = "x", at_once: int = 7, fails: boo
             writer.append(results_of(min(at_once, n_cells - first), state, first))
         if fails:
             raise OSError("disk full")
-        writer.finish(sources, NO_LATE, UNS)
+        writer.finish(sources, late, UNS)
 
 
 def read(path: Path) -> ad.AnnData:

@@ -65,6 +65,9 @@ def choose_panel(
         Too few genes are shared by the studies.
     """
     groups = excluded_by_policy(universe, config.exclude_genes)
+    if "transgene" in groups:
+        own = {name.casefold() for name in config.transgenes}
+        groups["transgene"] |= np.fromiter((str(name).casefold() in own for name in universe), bool, len(universe))
     allowed = ~np.logical_or.reduce([*groups.values(), np.zeros(len(universe), np.bool_)])
     detected = np.asarray((counts > 0).sum(axis=0)).ravel() >= max(3, counts.shape[0] // 10_000)
     shared = measured.mean(axis=0) >= config.min_study_share
