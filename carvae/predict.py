@@ -222,7 +222,7 @@ class _Pass:
         check_root(self.config.root, self.states[self.bundle.axes[0]], [s.name for s in self.bundle.signatures.items])
         self.earlier = earlier_columns(self.query)
         clones = clones_of(self.query, self.sources, obs, self.asked, self.earlier)
-        sorting = Sorting.of(obs, self.config.car)
+        sorting = Sorting.of(obs, self.config.car, self.sources[0].cells.columns)
         return Late(
             self.table.code_N, len(self.table.names), self.table.main, self.config, clones, self.asked.config, sorting
         )

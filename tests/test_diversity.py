@@ -64,9 +64,8 @@ def test_evenness_and_expansion_are_those_of_scirpy() -> None:
         import anndata as ad
         import awkward
 
-        adata = ad.AnnData(
-            obs=obs.set_axis([f"c{i}" for i in obs.index]), obsm={"airr": awkward.Array([[]] * len(obs))}
-        )
+        airr = awkward.Array([[]] * len(obs))
+        adata = ad.AnnData(obs=obs.set_axis([f"c{i}" for i in obs.index]), obsm={"airr": airr})
         expected = scirpy.tl.alpha_diversity(adata, "sample", inplace=False)[0]
     code = pd.Categorical(obs["sample"]).codes
     found = clonal_figures(pd.factorize(obs["clone_id"])[0], code, 3, None, 20, 20, rng)

@@ -33,7 +33,7 @@ MOST = 30
 """Counts above are as good as this one."""
 DEPTH_STEP = 0.25
 """Depth is told in steps of this size in log."""
-RATES = np.geomspace(1e-6, 1e-2, 49)
+RATES = np.geomspace(1e-6, 1e-1, 61)
 """Grid of r, transgene counts per other count in a carrier."""
 SHARES = np.append(np.append(0.001, np.linspace(0.01, 0.99, 50)), 0.999)
 SIZES = np.array([0.5, 0.7, 1.0, 1.4, 2.0])

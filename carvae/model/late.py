@@ -51,8 +51,8 @@ class Sorting:
     evidence_N: NDArray[np.float64] | None
 
     @classmethod
-    def of(cls, obs: pd.DataFrame, config: CarConfig) -> Sorting:
-        """From the columns that the settings name.
+    def of(cls, obs: pd.DataFrame, config: CarConfig, columns: Sequence[str]) -> Sorting:
+        """From the columns of ``obs`` that the settings name; ``columns`` are all that the query has.
 
         Raises
         ------
@@ -61,7 +61,7 @@ class Sorting:
         """
         sorted_N = np.full(len(obs), UNKNOWN, np.int64)
         if config.column is not None:
-            values = _column(obs, config.column, "column").astype("string").fillna("")
+            values = _column(obs, config.column, "column", columns).astype("string").fillna("")
             if not (config.positive or config.negative):
                 raise ConfigError(
                     f"predict.car.column={config.column} needs predict.car.positive or predict.car.negative: which of "
@@ -76,7 +76,7 @@ class Sorting:
                 sorted_N[values.isin(given).to_numpy(bool)] = what
         evidence_N = None
         if config.protein is not None:
-            signal = pd.to_numeric(_column(obs, config.protein, "protein"), errors="coerce")
+            signal = pd.to_numeric(_column(obs, config.protein, "protein", columns), errors="coerce")
             if not signal.notna().any():
                 raise SchemaError(f"obs[{config.protein!r}] holds no numbers; predict.car.protein names a signal")
             evidence_N = protein_evidence(signal.to_numpy(np.float64))
@@ -88,9 +88,9 @@ class Sorting:
         return bool(self.sorted_N.any()) or self.evidence_N is not None
 
 
-def _column(obs: pd.DataFrame, name: str, setting: str) -> pd.Series[str]:
+def _column(obs: pd.DataFrame, name: str, setting: str, columns: Sequence[str]) -> pd.Series[str]:
     if name not in obs:
-        near = difflib.get_close_matches(name, [str(c) for c in obs.columns], n=1)
+        near = difflib.get_close_matches(name, columns, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"predict.car.{setting} names {name!r}, and the query has no such column{hint}")
     found: pd.Series[str] = obs[name]

@@ -1,0 +1,131 @@
+"""`carvae clones`: from any table of cells to tables and pictures, or one sentence and nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from trained import carvae
+
+from carvae.clones import PLOTS, TABLES, clonal_cells, run
+from carvae.errors import SchemaError
+from carvae.patient_config import ClonesConfig
+
+
+@pytest.fixture(scope="module")
+def table() -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    n = 900
+    clone = "c" + pd.Series(rng.zipf(1.5, n).clip(max=60).astype(str))
+    return pd.DataFrame(
+        {
+            "donor_id": rng.choice(["p1", "p2"], n),
+            "timepoint": rng.choice(["product", "D28", "M6"], n, p=[0.3, 0.4, 0.3]),
+            "cell_type": rng.choice(["memory", "effector", "exhausted", "unknown"], n),
+            "clonotype": np.where(rng.random(n) < 0.2, None, clone),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def written(table: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clones")
+    table.to_csv(folder / "cells.csv.gz", index_label="cell")
+    answer = carvae("clones", folder / "cells.csv.gz", "--out", folder / "out", "clones.depth=40", "seed=3")
+    assert answer.code == 0, answer.err
+    return folder
+
+
+def test_a_table_of_cells_becomes_tables_and_pictures(written: Path, table: pd.DataFrame) -> None:
+    out = written / "out"
+    assert sorted(path.name for path in out.iterdir()) == sorted([*TABLES, *PLOTS])
+    assert all((out / plot).read_bytes().startswith(b"\x89PNG") for plot in PLOTS)
+    tracked = pd.read_csv(out / "tracked.csv")
+    known = table.dropna(subset=["clonotype"])
+    seen = known.groupby(["donor_id", "clonotype"])["timepoint"].nunique()
+    assert len(tracked) == (seen > 1).sum()
+    assert tracked["clone"].is_unique, "a name in two patients is two clones"
+    assert "unknown" not in " ".join(tracked["first_states"].fillna(""))
+    samples = pd.read_csv(out / "samples.csv")
+    assert list(samples["timepoint"]) == ["product", "D28", "M6"] * 2
+    assert set(samples["clone_depth"]) == {40}
+    assert samples["clone_cells"].sum() == len(known)
+
+
+def test_a_second_run_says_the_same(written: Path, tmp_path: Path) -> None:
+    run(written / "cells.csv.gz", tmp_path / "again", ClonesConfig(depth=40), seed=3)
+    for name in TABLES:
+        assert (tmp_path / "again" / name).read_bytes() == (written / "out" / name).read_bytes()
+
+
+def test_one_time_point_is_told_and_leaves_no_old_picture(
+    table: pd.DataFrame, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = table[table["timepoint"] == "D28"]
+    one.to_csv(tmp_path / "cells.tsv", sep="\t", index=False)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / PLOTS[0]).touch()
+    answer = carvae("clones", tmp_path / "cells.tsv", "--out", tmp_path / "out")
+    assert answer.code == 0, answer.err
+    assert "no patient has two time points" in caplog.text
+    assert "patient is taken from obs['donor_id']" in caplog.text
+    assert not (tmp_path / "out" / PLOTS[0]).exists()
+    assert (tmp_path / "out" / PLOTS[1]).exists()
+
+
+def test_columns_and_order_are_the_users(table: pd.DataFrame) -> None:
+    other = table.rename(columns=dict(zip(table, ["who", "visit", "kind", "tcr"], strict=True)))
+    other["visit"] = other["visit"].map({"product": "zero", "D28": "first", "M6": "second"})
+    other["run"] = other["who"] + other["visit"]
+    settings = {"patient": "who", "timepoint": "visit", "state": "kind", "clone": "tcr", "sample": "run"}
+    found = clonal_cells(other, "t", ClonesConfig(**settings, order=("zero", "second")))
+    assert found.order == ("zero", "second")
+    assert set(found.cells["sample"]) == {"p1zero", "p2zero", "p1second", "p2second"}
+    with pytest.raises(SchemaError, match=r"not clear when 'first', 'second', 'zero' was"):
+        clonal_cells(other, "t", ClonesConfig(**settings))
+    days = table.drop(columns="timepoint").assign(timepoint_days=np.where(table["timepoint"] == "M6", 180, 28.5))
+    assert clonal_cells(days, "t", ClonesConfig()).order == ("D28.5", "D180")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"donor_id": None}, "names no patient; say which column does: clones.patient=COLUMN (it has timepoint,"),
+        ({"clonotype": None}, "names no clone; say which column does: clones.clone=COLUMN"),
+        ({"timepoint": None}, "names no timepoint; say which column does: clones.timepoint=COLUMN"),
+        ({"cell_type": None}, "names no state; say which column does: clones.state=COLUMN"),
+        ({"clonotype": ""}, "names no clone"),
+    ],
+)
+def test_what_lacks_is_said_with_the_remedy(
+    table: pd.DataFrame, tmp_path: Path, change: dict[str, str | None], words: str
+) -> None:
+    wrong = table.copy()
+    for column, value in change.items():
+        wrong = wrong.drop(columns=column) if value is None else wrong.assign(**{column: value})
+    wrong.to_csv(tmp_path / "t.csv", index=False)
+    answer = carvae("clones", tmp_path / "t.csv", "--out", tmp_path / "out")
+    assert answer.code == 1
+    assert words in answer.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "x.h5ad").write_text("no")
+    (tmp_path / "x.txt").write_text("")
+    (tmp_path / "x.rds").touch()
+    for name, words in (
+        ("nowhere.csv", "does not exist"),
+        ("x.h5ad", "cannot be read"),
+        ("x.txt", "cannot be read"),
+        ("x.rds", "is no table of cells"),
+    ):
+        answer = carvae("clones", tmp_path / name, "--out", tmp_path / "out")
+        assert answer.code == 1
+        assert words in answer.err
+    answer = carvae("clones", tmp_path / "x.txt", "--out", tmp_path / "x.rds")
+    assert "is a file; clones writes tables and pictures into a folder" in answer.err
+    answer = carvae("clones", tmp_path / "x.txt", "--out", tmp_path / "out", "predict.root=auto")
+    assert "changes nothing here; this verb reads clones.* and seed alone" in answer.err
