@@ -201,6 +201,9 @@ class PredictConfig(Section):
     dask: str | None = None
     """Workers: the address of a Dask scheduler (``tcp://HOST:8786``), or ``local`` or ``local:N`` for N processes on
     this machine. All workers must be able to read the query and the model under their paths."""
+    sheet: Path | None = None
+    """CSV with one row per sample of the query (column ``sample``) and what is known of it: patient, timepoint, tissue,
+    product ... Where clones are told within the patient and the query does not say who that is, as 10x does not."""
     root: str | None = None
     """A state at the memory-like end, or ``auto`` for the cells of the highest ``memory_stem`` score: every cell then
     gets its place in the order from there (``carvae_pseudotime``). For this, cells stay in memory."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -34,11 +33,11 @@ from carvae.data.results import (
     samples_path,
     writing_results,
 )
-from carvae.data.schema import contract_columns, query_obs
 from carvae.errors import BundleError, ConfigError, CountsError
+from carvae.model.about import about_cells, check_features
 from carvae.model.ahead import Behind, ahead, on_dask
 from carvae.model.bundle import Bundle, load
-from carvae.model.cell_clones import Asked, check_given, clones_of, contract_map, late_columns
+from carvae.model.cell_clones import Asked, check_given, clones_of, late_columns
 from carvae.model.labeller import Labelled, Labeller
 from carvae.model.late import Late, LateResults, Sorting, check_root
 from carvae.model.sample_table import SampleTable, Verdicts
@@ -49,8 +48,6 @@ log = logging.getLogger(__name__)
 
 CHUNKS_PER_TASK = 8
 """Chunks that a Dask worker labels at a time."""
-SAID = re.compile(r"\b(sample|patient|timepoint)\b")
-"""Columns whose finding is told."""
 
 
 def annotate(
@@ -194,7 +191,7 @@ class _Pass:
         self.query, self.bundle, self.config, self.label, self.whole = query, bundle, config, label, whole
         self.asked = asked
         self.sources = _open(query, config.counts, whole)
-        obs = pd.concat([self._obs(source) for source in self.sources], ignore_index=True)
+        obs, self.sheet = about_cells(self.sources, config, asked.config)
         self.sample = pd.Categorical(obs["sample"])
         self.labellers = [Labeller(source, bundle, config, label=label) for source in self.sources]
         self._say_genes()
@@ -206,20 +203,10 @@ class _Pass:
         self.parts: list[_Kept] = []
         self.columns: list[str] = []
 
-    def _obs(self, source: CountsSource) -> pd.DataFrame:
-        """What is known of each cell in the terms of the contract, and the columns that settings name."""
-        columns, car = source.cells.columns, self.config.car
-        mapped = contract_map(self.config.sample, self.asked.config)
-        wanted = {*contract_columns(columns), *mapped.values(), car.column, car.protein}
-        obs = source.cells.frame([column for column in columns if column in wanted])
-        found, notes = query_obs(obs, source.name, mapped)
-        for note in (*source.notes, *(note for note in notes if SAID.search(note))):
-            log.info("%s: %s", source.name, note)
-        return found.join(obs[[name for name in (car.column, car.protein) if name in obs and name not in found]])
-
     def _late(self, obs: pd.DataFrame) -> Late:
         assert self.table is not None
         check_root(self.config.root, self.states[self.bundle.axes[0]], [s.name for s in self.bundle.signatures.items])
+        check_features(self.config.car.features, self.sources)
         self.earlier = earlier_columns(self.query)
         clones = clones_of(self.query, self.sources, obs, self.asked, self.earlier)
         sorting = Sorting.of(obs, self.config.car, self.sources[0].cells.columns)
@@ -273,7 +260,7 @@ class _Pass:
         if self.late is None:
             return LateResults(pd.DataFrame(index=range(len(self.sample))), pd.DataFrame())
         found = self.late.results(np.random.default_rng(self.asked.seed))
-        return LateResults(late_columns(found.obs, self.sources, self.earlier), found.samples)
+        return LateResults(late_columns(self.sheet.join(found.obs), self.sources, self.earlier), found.samples)
 
     def confirmed(self) -> list[CountsSource]:
         """The sources, verified now that all was read.

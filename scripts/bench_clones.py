@@ -3,7 +3,7 @@
 ``python scripts/bench_clones.py --data ../shared/data --out DIR [--model BUNDLE]``
 
 Recovered is a clonotype of the authors (beta chain, or both chains) whose cells are all in one clone of ours, which
-holds no cell of another: on the cells of the samples that have contigs, by either definition. Indices are compared on every
+holds no cell of another, in the samples that have contigs. Indices are compared on every
 sample of the authors' table. The CAR is called without what the cells were sorted for, and then judged by it; mixtures
 of CAR-T cells and unsorted cells in known shares say whether intervals hold the truth. With a bundle, whose training
 saw the same states, the order of cells is compared with the author's labels. ``DIR`` receives what ``carvae clones``

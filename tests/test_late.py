@@ -205,9 +205,45 @@ def test_what_a_cell_was_sorted_for_is_used(caplog: pytest.LogCaptureFixture) ->
     assert "the query has no CAR feature that carvae knows" in caplog.text
 
 
+def test_a_table_of_samples_says_who_the_patient_is(receptors: Path, tmp_path: Path) -> None:
+    unknown = query()
+    del unknown.obs["patient"], unknown.obs["timepoint"]
+    sheet = tmp_path / "sheet.csv"
+    sheet.write_text("sample_id,donor,timepoint,tissue\na,p,product,blood\nb,p,D28,marrow\nc,q,D28,\nd,r,D28,blood\n")
+    found = annotate(unknown, BUNDLE, PredictConfig(**EASY, sheet=sheet), clones=receptors)
+    assert found.obs["clone_id"].nunique() == 4
+    assert found.obs["timepoint"].tolist() == query().obs["timepoint"].tolist()
+    assert found.obs["tissue"].isna().sum() == 40
+    within = annotate(unknown, BUNDLE, PredictConfig(**EASY), clones=receptors)
+    assert within.obs["clone_id"].nunique() == 8, "without it, each sample is on its own"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "predict.sheet=.* does not exist"),
+        ("", "cannot be read as a table"),
+        ("patient\np\n", "needs a column 'sample' that names every row .it has patient."),
+        ("sample,patient\na,p\na,p\n", "names sample 'a' twice; keep one row of it"),
+        ("sample,patient\na,p\n", "has no row for sample 'b', 'c'; its samples are 'a'"),
+        ("sample,colour\na,red\n", "says nothing of samples that carvae knows"),
+    ],
+)
+def test_a_table_of_samples_that_cannot_be_used(text: str | None, words: str, tmp_path: Path) -> None:
+    sheet = tmp_path / "sheet.csv"
+    if text is not None:
+        sheet.write_text(text)
+    with pytest.raises(CarvaeError, match=words):
+        annotate(query(), BUNDLE, PredictConfig(**EASY, sheet=sheet))
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
+        (
+            {"car": {"features": ["FMC63-28"]}},
+            "names 'FMC63-28', and the query has no such .* did you mean 'FMC63-28Z'",
+        ),
         ({"car": {"column": "sortd"}}, "predict.car.column names 'sortd', .* did you mean 'sorted'?"),
         ({"car": {"column": "sorted"}}, "needs predict.car.positive or predict.car.negative: .* they are CAR, no"),
         ({"car": {"column": "sorted", "positive": ["yes"]}}, r"'yes' is no value of obs\['sorted'\]; they are CAR, no"),

@@ -34,13 +34,6 @@ class Asked:
     seed: int = 0
 
 
-def contract_map(sample: str | None, config: ClonesConfig) -> dict[str, str]:
-    """Contract name -> column of the query, as the settings have it."""
-    named = {"sample": sample or config.sample, "patient": config.patient, "clone_id": config.clone}
-    named["timepoint"] = config.timepoint
-    return {name: column for name, column in named.items() if column is not None}
-
-
 def clones_of(
     query: Path | AnnData, sources: Sequence[CountsSource], obs: pd.DataFrame, asked: Asked, earlier: set[str]
 ) -> Clonotypes | None:
@@ -110,8 +103,8 @@ def _patients(obs: pd.DataFrame) -> NDArray[np.object_]:
             log.info("%s cells have no patient; each of their samples is taken as one", f"{int(text.isna().sum()):,}")
         return text.fillna(obs["sample"].astype("string")).to_numpy(object)
     log.info(
-        "the query names no patient, so clones are told within each sample; with clones.patient=COLUMN they are told "
-        "within the patient, and can be followed over time"
+        "the query names no patient, so clones are told within each sample; with clones.patient=COLUMN, or a table of "
+        "samples (predict.sheet), they are told within the patient, and can be followed over time"
     )
     return obs["sample"].to_numpy(object)
 
