@@ -218,7 +218,10 @@ class _Pass:
         log.info("genes: %s", self.worst.sentence())
         if self.worst.overlap < self.config.warn_overlap:
             log.warning("%s", _missing_gene_warning(self.worst, self.bundle))
-        for source, labeller in zip(self.sources, self.labellers, strict=True):
+        pairs = list(zip(self.sources, self.labellers, strict=True))
+        if self.label and (car := sorted({str(source.genes[at]) for source, own in pairs for at in own.car})):
+            log.info("the CAR is told from %s", ", ".join(car))
+        for source, labeller in pairs:
             if self.label and labeller.unscored:
                 missing = ", ".join(labeller.unscored)
                 log.info("%s: too few genes to score %s; those columns are empty", source.name, missing)

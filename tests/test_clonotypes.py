@@ -151,7 +151,7 @@ def test_clones_are_told_within_the_patient(tmp_path: Path) -> None:
 CHAIN = st.sampled_from(["AAA", "AAS", "AAL", "AAR", "AAG"])
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(st.lists(st.tuples(st.sampled_from("pq"), CHAIN, CHAIN), min_size=1, max_size=25))
 def test_single_pairs_are_grouped_as_scirpy_does(pairs: list[tuple[str, str, str]]) -> None:
     import anndata as ad

@@ -36,13 +36,13 @@ def test_names_in_use_and_the_users_own_are_found_in_any_case() -> None:
 
 def test_fractions_hold_the_truth_where_detection_does_not() -> None:
     rng, held, missed = np.random.default_rng(0), 0, 0
-    shares = [0.1, 0.3, 0.5, 0.7, 0.9] * 4
+    shares = [0.1, 0.3, 0.5, 0.7, 0.9] * 2
     for share in shares:
         count, depth, carrier = cells(rng, 500, share)
         found = call(count, depth)
         held += found.low_B[0] <= carrier.mean() <= found.high_B[0]
         missed += found.detected_B[0] < 0.85 * carrier.mean()
-    assert held >= 18
+    assert held >= 9
     assert missed == len(shares), "a third of the carriers show no transcript"
 
 
