@@ -242,9 +242,9 @@ def test_a_table_of_samples_that_cannot_be_used(text: str | None, words: str, tm
     [
         (
             {"car": {"features": ["FMC63-28"]}},
-            "names 'FMC63-28', and the query has no such .* did you mean 'FMC63-28Z'",
+            "names 'FMC63-28', and the query has no such .* the nearest is 'FMC63-28Z'",
         ),
-        ({"car": {"column": "sortd"}}, "predict.car.column names 'sortd', .* did you mean 'sorted'?"),
+        ({"car": {"column": "sortd"}}, "predict.car.column names 'sortd', .* the nearest is 'sorted'"),
         ({"car": {"column": "sorted"}}, "needs predict.car.positive or predict.car.negative: .* they are CAR, no"),
         ({"car": {"column": "sorted", "positive": ["yes"]}}, r"'yes' is no value of obs\['sorted'\]; they are CAR, no"),
         ({"car": {"protein": "sample"}}, r"obs\['sample'\] holds no numbers"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import re
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from carvae.config import PredictConfig
 from carvae.data.readers import CountsSource
 from carvae.data.schema import contract_columns, query_obs
 from carvae.data.sheet import of_cells, read_sheet
-from carvae.errors import ConfigError
+from carvae.errors import ConfigError, nearest
 from carvae.patient_config import ClonesConfig
 
 log = logging.getLogger(__name__)
@@ -55,9 +54,10 @@ def _of_source(source: CountsSource, config: PredictConfig, clones: ClonesConfig
 
 def check_features(features: Sequence[str], sources: Sequence[CountsSource]) -> None:
     """Raise ConfigError where no source has a feature that the user calls the CAR."""
+    if not features:
+        return
     known = {name.casefold(): name for source in sources for name in (*source.genes, *(source.gene_ids or ()))}
     for feature in features:
         if feature.casefold() not in known:
-            near = difflib.get_close_matches(feature.casefold(), known, n=1)
-            hint = f"; did you mean {known[near[0]]!r}?" if near else ""
+            hint = nearest(feature, known.values())
             raise ConfigError(f"predict.car.features names {feature!r}, and the query has no such feature{hint}")

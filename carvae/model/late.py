@@ -5,7 +5,6 @@ Axes: N cells, K latent, B samples.
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from carvae.config import PredictConfig
 from carvae.data.clonotypes import Clonotypes
 from carvae.data.diversity import clonal_figures
 from carvae.data.transgene import CARRIER, OTHER, UNKNOWN, CarCalls, call_car, protein_evidence
-from carvae.errors import ConfigError, SchemaError
+from carvae.errors import ConfigError, SchemaError, nearest
 from carvae.labels.axis import RESERVED
 from carvae.model.labeller import Labelled
 from carvae.model.pseudotime import pseudotime, root_cells
@@ -90,9 +89,9 @@ class Sorting:
 
 def _column(obs: pd.DataFrame, name: str, setting: str, columns: Sequence[str]) -> pd.Series[str]:
     if name not in obs:
-        near = difflib.get_close_matches(name, columns, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"predict.car.{setting} names {name!r}, and the query has no such column{hint}")
+        raise ConfigError(
+            f"predict.car.{setting} names {name!r}, and the query has no such column{nearest(name, columns)}"
+        )
     found: pd.Series[str] = obs[name]
     return found
 
@@ -204,8 +203,7 @@ def check_root(root: str | None, leaves: Sequence[str], signatures: Sequence[str
     if root is None or root in leaves:
         return
     if root != AUTO:
-        near = difflib.get_close_matches(root, leaves, n=1, cutoff=0.0)
-        raise ConfigError(f"predict.root={root!r} is no state of this model; the nearest is {near[0]!r}, or give auto")
+        raise ConfigError(f"predict.root={root!r} is no state of this model{nearest(root, leaves)}, or give auto")
     if MEMORY.removeprefix("carvae_score_") not in signatures:
         raise ConfigError(
             "predict.root=auto needs the signature memory_stem, which this model does not have; name a state instead: "
