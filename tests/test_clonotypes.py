@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
@@ -154,8 +155,6 @@ CHAIN = st.sampled_from(["AAA", "AAS", "AAL", "AAR", "AAG"])
 @settings(max_examples=8)
 @given(st.lists(st.tuples(st.sampled_from("pq"), CHAIN, CHAIN), min_size=1, max_size=25))
 def test_single_pairs_are_grouped_as_scirpy_does(pairs: list[tuple[str, str, str]]) -> None:
-    import anndata as ad
-
     from_scirpy: ad.AnnData
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -255,7 +254,8 @@ def test_an_airr_table_and_a_scirpy_file_give_the_same_clones(file: Path, tmp_pa
         adata = scirpy.io.read_10x_vdj(file)
         scirpy.io.write_airr(adata, tmp_path / "cells.airr.tsv")
         adata.write_h5ad(tmp_path / "scirpy.h5ad")
-    for source in (tmp_path / "cells.airr.tsv", tmp_path / "scirpy.h5ad", adata):
+        __import__("mudata").MuData({"airr": adata}).write(tmp_path / "scirpy.h5mu")
+    for source in (*(tmp_path / name for name in ("cells.airr.tsv", "scirpy.h5ad", "scirpy.h5mu")), adata):
         clones = found_in(source, names, ["s"] * 12, ["p"] * 12)
         assert clones.names == expected.names
         assert clones.code_N.tolist() == expected.code_N.tolist()
@@ -290,6 +290,10 @@ def test_what_cannot_be_used_is_said_in_one_sentence(
     assert "cannot be read as receptor data" in refused(empty)
     assert "holds no filtered_contig_annotations.csv" in refused(tmp_path / "folder")
     assert re.search("theirs look like '[ACGT]{16}-1', the query's like 'x-1'", refused(file, ["x-1"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ad.AnnData(np.ones((1, 1)), obs=pd.DataFrame(index=[A])).write_h5ad(tmp_path / "plain.h5ad")
+    assert 'has no obsm["airr"], so it is no file of scirpy' in refused(tmp_path / "plain.h5ad")
     (tmp_path / "x.rds").touch()
     assert "is no receptor data that carvae reads" in refused(tmp_path / "x.rds")
     for name in ("a", "b"):

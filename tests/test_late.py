@@ -157,6 +157,28 @@ def test_the_querys_own_clones_are_used_and_never_replaced(receptors: Path) -> N
     assert named.obs["clone_size"].tolist()[:2] == [0, 40]
 
 
+def test_receptors_that_the_query_holds_are_taken(files: Path, receptors: Path, tmp_path: Path) -> None:
+    import scirpy
+
+    own = query()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        parts = [scirpy.io.read_10x_vdj(receptors / s / "filtered_contig_annotations.csv") for s in "ab"]
+        for sample, part in zip("ab", parts, strict=True):
+            part.obs_names = [f"{sample}_{name}" for name in part.obs_names]
+        found = ad.concat(parts).obsm["airr"]
+        place = pd.Index([*parts[0].obs_names, *parts[1].obs_names]).get_indexer(own.obs_names)
+        own.obsm["airr"] = found[np.maximum(place, 0)]
+        own.write_h5ad(tmp_path / "q.h5ad")
+        in_memory = annotate(own, BUNDLE, PredictConfig(**EASY))
+        run(tmp_path / "q.h5ad", files / "model", tmp_path / "A.h5ad", PredictConfig(**EASY), label=True)
+        on_disk = ad.read_h5ad(tmp_path / "A.h5ad")
+    expected = ad.read_h5ad(files / "A.h5ad").obs["clone_id"].astype(str)
+    has = place >= 0
+    for result in (in_memory, on_disk):
+        assert (result.obs["clone_id"].astype(str)[has] == expected[has]).all()
+
+
 def test_contigs_beside_10x_matrices_are_taken_without_asking(
     tmp_path: Path, receptors: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -16,9 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pandas as pd
+import zarr
 from anndata import AnnData
+from anndata.io import read_elem
 from numpy.typing import NDArray
 
 from carvae.data.readers import PLAIN_NAMES
@@ -29,6 +32,7 @@ AIRR = (".tsv", ".tsv.gz")
 PLAIN = PLAIN_NAMES | set("vdj vdj_t vdj_t_gd vdj_b count airr_rearrangement filtered_contig_annotations multi".split())
 """Names of folders and files that say nothing about the sample."""
 CHAINS = ("VJ_1", "VJ_2", "VDJ_1", "VDJ_2")
+STORES, RECEPTORS = (".h5ad", ".zarr", ".h5mu"), "obsm/airr"
 ARMS = {"TRA": "ab", "TRB": "ab", "TRG": "gd", "TRD": "gd"}
 NEEDED_10X = ("barcode", "chain", "cdr3", "cdr3_nt", "productive")
 NEEDED_AIRR = ("cell_id", "locus", "junction", "junction_aa", "productive")
@@ -79,9 +83,12 @@ def is_contigs(path: Path) -> bool:
 
 
 def beside(query: Path) -> list[Path]:
-    """Contig files that belong to a 10x query: below its folder, or beside its matrix as Cell Ranger puts them."""
-    if query.suffix in {".h5ad", ".zarr"} or not query.exists():
+    """The receptors that a query has: its own of scirpy, else those of 10x below its folder or beside its matrix."""
+    if not query.exists():
         return []
+    if query.suffix in STORES:
+        with _root(query) as root:
+            return [query] if RECEPTORS in root else []
     if query.is_dir() and (found := list(_below(query, 0))):
         return found
     if query.is_dir() and query.name not in PLAIN_NAMES:
@@ -111,7 +118,8 @@ def read_receptors(source: Path | AnnData) -> list[Receptors]:
         scirpy is not installed.
     """
     if isinstance(source, AnnData):
-        return [_of_anndata(source, "the AnnData of clones")]
+        with _scirpy() as scirpy:
+            return [Receptors((), "the AnnData", _chains(source, scirpy, "the AnnData"))]
     if not source.exists():
         raise ReadError(f"--clones {str(source)!r} does not exist; give a contig file, an AIRR table or their folder")
     if source.is_file() or source.suffix == ".zarr":
@@ -129,7 +137,7 @@ def _read(path: Path, root: Path) -> Receptors:
     names = _sample_names(path, root)
     with _scirpy() as scirpy:
         try:
-            if path.suffix in {".h5ad", ".zarr"}:
+            if path.suffix in STORES:
                 adata = _read_anndata(path)
             elif path.name.endswith((".csv", ".csv.gz")):
                 _check_columns(path, ",", NEEDED_10X)
@@ -140,22 +148,29 @@ def _read(path: Path, root: Path) -> Receptors:
             else:
                 raise ReadError(
                     f"{path} is no receptor data that carvae reads; give filtered_contig_annotations.csv of 10x, an "
-                    "AIRR table (.tsv), or an .h5ad of scirpy"
+                    "AIRR table (.tsv), or an .h5ad or .h5mu of scirpy"
                 )
         except (ValueError, KeyError, TypeError, OSError, UnicodeDecodeError) as error:
             raise ReadError(f"{path} cannot be read as receptor data: {' '.join(str(error).split())}") from None
         return Receptors(names, str(path), _chains(adata, scirpy, str(path)))
 
 
-def _of_anndata(adata: AnnData, where: str) -> Receptors:
-    with _scirpy() as scirpy:
-        return Receptors((), where, _chains(adata, scirpy, where))
-
-
 def _read_anndata(path: Path) -> AnnData:
-    import anndata
+    """The cells and their receptors alone; of a MuData those of its part ``airr``."""
+    with _root(path) as root:
+        part = root["mod/airr"] if "mod/airr" in root else root
+        if RECEPTORS not in part:
+            raise ReadError(f'{path} has no obsm["airr"], so it is no file of scirpy; read the contigs with scirpy.io')
+        return AnnData(obs=pd.DataFrame(index=read_elem(part["obs"]).index), obsm={"airr": read_elem(part[RECEPTORS])})
 
-    return anndata.read_h5ad(path) if path.suffix == ".h5ad" else anndata.read_zarr(path)
+
+@contextmanager
+def _root(path: Path) -> Iterator[Any]:
+    if path.is_dir():
+        yield zarr.open_group(path, mode="r", use_consolidated=False)
+    else:
+        with h5py.File(path, "r", locking="best-effort") as file:
+            yield file
 
 
 def _check_columns(path: Path, sep: str, needed: Sequence[str]) -> None:
@@ -202,7 +217,7 @@ def _scirpy() -> Iterator[Any]:
 def _sample_names(path: Path, root: Path) -> tuple[str, ...]:
     """What the folders and the file say without customary names: all from ``root`` on as one, then each, last first."""
     stem = path.name
-    for end in (*CONTIGS, ".airr.tsv.gz", ".airr.tsv", ".tsv.gz", ".tsv", ".csv", ".h5ad", ".zarr"):
+    for end in (*CONTIGS, ".airr.tsv.gz", ".airr.tsv", ".tsv.gz", ".tsv", ".csv", *STORES):
         stem = stem.removesuffix(end)
     stem = re.sub(r"airr(_rearrangement)?$", "", stem).rstrip("_.-")
     below = [part for part in (*path.relative_to(root).parts[:-1], stem) if part and part not in PLAIN]

@@ -21,7 +21,9 @@ from carvae.patient_config import ClonesConfig
 
 log = logging.getLogger(__name__)
 
-CLONE_ID, CLONE_SIZE = "clone_id", "clone_size"
+CLONE_ID = "clone_id"
+SHOWN, FEW = 8, 0.1
+"""Files that are told one by one; share of a file's barcodes below which a warning is due."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +92,15 @@ def _read(
 
 def _say(clones: Clonotypes) -> Clonotypes:
     assert clones.report is not None
-    for match in clones.report.files:
-        log.info("%s", match.sentence())
+    files = clones.report.files
+    for match in files:
+        if match.n_matched < FEW * match.n_barcodes:
+            log.warning("%s: are these the contigs of this sample?", match.sentence())
+        elif len(files) <= SHOWN or match.n_ambiguous:
+            log.info("%s", match.sentence())
+    if len(files) > SHOWN:
+        found, total = (sum(getattr(match, name) for match in files) for name in ("n_matched", "n_barcodes"))
+        log.info("%s of %s barcodes in %s files are cells of the query", f"{found:,}", f"{total:,}", len(files))
     log.info("clones: %s", clones.report.sentence())
     return clones
 
