@@ -115,7 +115,9 @@ def plan(
 
 @app.command()
 def clones(
-    table: Annotated[Path, typer.Argument(help="Annotated .h5ad or .zarr, or a .csv or .tsv of cells.")],
+    table: Annotated[
+        Path, typer.Argument(help="Annotated .h5ad or .zarr, a .csv or .tsv of cells, or a folder of those.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the tables and pictures.")],
     overrides: Overrides = None,
     quiet: Quiet = False,

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 TABLES = ("tracked.csv", "changes.csv", "persistence.csv", "sharing.csv", "transitions.csv", "flow.csv", "samples.csv")
 PLOTS = ("tracking.png", "flow.png")
+CELLS = (".h5ad", ".zarr", ".csv", ".tsv")
+"""Kinds of files that hold cells."""
 STATES = ("carvae_state", "state", "cell_type")
 """Columns with the state, the first that is there."""
 ALL = "all"
@@ -57,7 +59,7 @@ def run(source: Path, out: Path, config: ClonesConfig, seed: int = 0) -> Path:
     ----------
     source
         ``.h5ad`` or zarr that ``carvae annotate`` wrote, or a table of cells (``.csv``, ``.tsv``, either ``.gz``) with
-        patient, time point, state and clone.
+        patient, time point, state and clone; or a folder of those, as where months were annotated one by one.
 
     Raises
     ------
@@ -94,15 +96,25 @@ def run(source: Path, out: Path, config: ClonesConfig, seed: int = 0) -> Path:
 
 
 def read_obs(source: Path) -> pd.DataFrame:
-    """One row per cell, from an AnnData on disk or a table.
+    """One row per cell, from an AnnData on disk, a table, or a folder of those.
 
     Raises
     ------
     ReadError
-        The file is not there, broken, or of another kind.
+        The file is not there, broken, or of another kind; or the folder holds none.
     """
     if not source.exists():
         raise ReadError(f"{source} does not exist")
+    if source.is_dir() and source.suffix != ".zarr":
+        files = sorted(path for path in source.iterdir() if path.name.removesuffix(".gz").endswith(CELLS))
+        files = [path for path in files if not path.name.endswith(".samples.csv")]
+        if not files:
+            raise ReadError(f"{source} holds no {', '.join(CELLS)}")
+        return pd.concat([_read_file(path) for path in files], ignore_index=True)
+    return _read_file(source)
+
+
+def _read_file(source: Path) -> pd.DataFrame:
     try:
         if source.suffix == ".h5ad":
             with h5py.File(source, "r", locking="best-effort") as file:
@@ -110,7 +122,7 @@ def read_obs(source: Path) -> pd.DataFrame:
         if source.is_dir():
             return _frame(read_elem(zarr.open_group(source, mode="r", use_consolidated=False)["obs"]))
         name = source.name.removesuffix(".gz")
-        if name.endswith((".csv", ".tsv", ".txt")):
+        if name.endswith((".csv", ".tsv")):
             return pd.read_csv(source, sep="," if name.endswith(".csv") else "\t", low_memory=False)
     except (OSError, KeyError, ValueError) as error:
         raise ReadError(f"{source} cannot be read: {' '.join(str(error).split())}") from None

@@ -60,6 +60,19 @@ def test_a_second_run_says_the_same(written: Path, tmp_path: Path) -> None:
         assert (tmp_path / "again" / name).read_bytes() == (written / "out" / name).read_bytes()
 
 
+def test_months_that_were_annotated_one_by_one_are_put_together(
+    table: pd.DataFrame, written: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "months"
+    folder.mkdir()
+    (folder / "D28.samples.csv").write_text("sample\na\n")
+    for time, cells in table.groupby("timepoint"):
+        cells.to_csv(folder / f"{time}.csv", index=False)
+    run(folder, tmp_path / "out", ClonesConfig(depth=40))
+    for name in set(TABLES) - {"samples.csv"}:
+        assert (tmp_path / "out" / name).read_bytes() == (written / "out" / name).read_bytes()
+
+
 def test_one_time_point_is_told_and_leaves_no_old_picture(
     table: pd.DataFrame, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -114,18 +127,20 @@ def test_what_lacks_is_said_with_the_remedy(
 
 def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "x.h5ad").write_text("no")
-    (tmp_path / "x.txt").write_text("")
+    (tmp_path / "x.csv").write_text("")
+    (tmp_path / "empty").mkdir()
     (tmp_path / "x.rds").touch()
     for name, words in (
         ("nowhere.csv", "does not exist"),
         ("x.h5ad", "cannot be read"),
-        ("x.txt", "cannot be read"),
+        ("x.csv", "cannot be read"),
+        ("empty", "holds no .h5ad, .zarr, .csv, .tsv"),
         ("x.rds", "is no table of cells"),
     ):
         answer = carvae("clones", tmp_path / name, "--out", tmp_path / "out")
         assert answer.code == 1
         assert words in answer.err
-    answer = carvae("clones", tmp_path / "x.txt", "--out", tmp_path / "x.rds")
+    answer = carvae("clones", tmp_path / "x.csv", "--out", tmp_path / "x.rds")
     assert "is a file; clones writes tables and pictures into a folder" in answer.err
-    answer = carvae("clones", tmp_path / "x.txt", "--out", tmp_path / "out", "predict.root=auto")
+    answer = carvae("clones", tmp_path / "x.csv", "--out", tmp_path / "out", "predict.root=auto")
     assert "changes nothing here; this verb reads clones.* and seed alone" in answer.err
