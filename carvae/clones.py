@@ -32,7 +32,6 @@ CELLS = (".h5ad", ".zarr", ".csv", ".tsv")
 """Kinds of files that hold cells."""
 STATES = ("carvae_state", "state", "cell_type")
 """Columns with the state, the first that is there."""
-ALL = "all"
 
 
 def run(source: Path, out: Path, config: ClonesConfig, seed: int = 0) -> Path:

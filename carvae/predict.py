@@ -191,7 +191,8 @@ class _Pass:
         self.query, self.bundle, self.config, self.label, self.whole = query, bundle, config, label, whole
         self.asked = asked
         self.sources = _open(query, config.counts, whole)
-        obs, self.sheet = about_cells(self.sources, config, asked.config)
+        self.earlier = earlier_columns(query)
+        obs, self.added = about_cells(self.sources, config, asked.config, self.earlier)
         self.sample = pd.Categorical(obs["sample"])
         self.labellers = [Labeller(source, bundle, config, label=label) for source in self.sources]
         self._say_genes()
@@ -207,7 +208,6 @@ class _Pass:
         assert self.table is not None
         check_root(self.config.root, self.states[self.bundle.axes[0]], [s.name for s in self.bundle.signatures.items])
         check_features(self.config.car.features, self.sources)
-        self.earlier = earlier_columns(self.query)
         clones = clones_of(self.query, self.sources, obs, self.asked, self.earlier)
         sorting = Sorting.of(obs, self.config.car, self.sources[0].cells.columns)
         return Late(
@@ -263,7 +263,7 @@ class _Pass:
         if self.late is None:
             return LateResults(pd.DataFrame(index=range(len(self.sample))), pd.DataFrame())
         found = self.late.results(np.random.default_rng(self.asked.seed))
-        return LateResults(late_columns(self.sheet.join(found.obs), self.sources, self.earlier), found.samples)
+        return LateResults(late_columns(self.added.join(found.obs), self.sources, self.earlier), found.samples)
 
     def confirmed(self) -> list[CountsSource]:
         """The sources, verified now that all was read.

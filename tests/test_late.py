@@ -236,6 +236,9 @@ def test_a_table_of_samples_says_who_the_patient_is(receptors: Path, tmp_path: P
     assert found.obs["clone_id"].nunique() == 4
     assert found.obs["timepoint"].tolist() == query().obs["timepoint"].tolist()
     assert found.obs["tissue"].isna().sum() == 40
+    again = annotate(found, BUNDLE, PredictConfig(**EASY))
+    assert list(again.obs) == list(found.obs), "a second run without the table loses nothing of it"
+    assert again.obs["timepoint"].tolist() == found.obs["timepoint"].tolist()
     within = annotate(unknown, BUNDLE, PredictConfig(**EASY), clones=receptors)
     assert within.obs["clone_id"].nunique() == 8, "without it, each sample is on its own"
 

@@ -128,3 +128,10 @@ def test_studies_without_common_genes_are_refused() -> None:
         choose(measured=np.zeros((2, len(UNIVERSE)), np.bool_))
     with pytest.raises(GeneError, match="only 0 detected genes"):
         choose(counts=sp.csr_matrix((N, len(UNIVERSE)), dtype=np.int64))
+
+
+def test_the_users_own_vector_features_stay_out_in_any_case() -> None:
+    assert "GENE005" in choose().genes
+    own = choose(transgenes=("gene005",))
+    assert "GENE005" not in own.genes
+    assert own.excluded["transgene"] == choose().excluded["transgene"] + 1

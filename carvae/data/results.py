@@ -142,7 +142,7 @@ def earlier_columns(query: Path | AnnData) -> set[str]:
     """Columns of ``obs`` that an earlier run wrote into the query."""
     if isinstance(query, AnnData):
         found = query.uns.get("carvae", {})
-    elif query.suffix == ".zarr" or (query.is_dir() and (query / "zarr.json").is_file()):
+    elif query.is_dir() and any((query / name).is_file() for name in ("zarr.json", ".zgroup")):
         found = _earlier(zarr.open_group(query, mode="r", use_consolidated=False))
     elif query.suffix == ".h5ad":
         with h5py.File(query, "r", locking="best-effort") as file:

@@ -17,14 +17,21 @@ from carvae.patient_config import ClonesConfig
 
 log = logging.getLogger(__name__)
 
+OF_CELLS = ("clone_id", "clone_size")
+"""Columns that no table of samples says."""
 SAID = re.compile(r"\b(sample|patient|timepoint)\b")
 """Columns whose finding is told."""
 
 
 def about_cells(
-    sources: Sequence[CountsSource], config: PredictConfig, clones: ClonesConfig
+    sources: Sequence[CountsSource], config: PredictConfig, clones: ClonesConfig, earlier: set[str]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """What is known of each cell: all of it, and the part that the table of samples added.
+    """What is known of each cell: all of it, and the part that a table of samples added, now or in an earlier run.
+
+    Parameters
+    ----------
+    earlier
+        Columns that an earlier run of carvae wrote, which go where they are not written again.
 
     Raises
     ------
@@ -32,10 +39,12 @@ def about_cells(
         A column or the table of samples cannot be used.
     """
     obs = pd.concat([_of_source(source, config, clones) for source in sources], ignore_index=True)
-    if config.sheet is None:
-        return obs, pd.DataFrame(index=obs.index)
-    sheet = of_cells(read_sheet(config.sheet), obs["sample"], config.sheet)
-    return obs.assign(**{str(column): sheet[column] for column in sheet}), sheet
+    added = obs[[column for column in obs if column in earlier and column not in OF_CELLS]]
+    if config.sheet is not None:
+        sheet = of_cells(read_sheet(config.sheet), obs["sample"], config.sheet)
+        new = {str(column): sheet[column] for column in sheet}
+        obs, added = obs.assign(**new), added.assign(**new)
+    return obs, added
 
 
 def _of_source(source: CountsSource, config: PredictConfig, clones: ClonesConfig) -> pd.DataFrame:
