@@ -233,6 +233,30 @@ def test_a_barcode_in_several_samples_is_left_out_and_told(file: Path, tmp_path:
         found_in(file, names[:2], samples[:2], ["p"] * 2)
 
 
+def test_barcodes_that_other_samples_have_by_chance_are_no_match(tmp_path: Path) -> None:
+    path = tmp_path / "filtered_contig_annotations.csv"
+    contigs({barcode(i): CELLS[A] for i in range(60)}).to_csv(path, index=False)
+    names = [f"x_{barcode(i)}" for i in range(58, 158)]
+    with pytest.raises(ReadError, match=r"no barcode of .* is a cell of the query"):
+        found_in(path, names, ["x"] * 100, ["p"] * 100)
+    assert (found_in(path, names[:4], ["x"] * 4, ["p"] * 4).code_N >= 0).sum() == 2, "half of few cells is no chance"
+
+
+def test_a_file_without_a_name_is_of_the_sample_that_has_its_barcodes(tmp_path: Path) -> None:
+    path = tmp_path / "all.airr.tsv"
+    own = {barcode(i): [("TRA", "AAS"), ("TRB", "ASL")] for i in range(20)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        contigs(own).to_csv(tmp_path / "filtered_contig_annotations.csv", index=False)
+        scirpy.io.write_airr(scirpy.io.read_10x_vdj(tmp_path / "filtered_contig_annotations.csv"), path)
+    names = [f"a_{barcode(i)}" for i in range(20)] + [f"b_{barcode(i)}" for i in range(18, 60)]
+    clones = found_in(path, names, ["a"] * 20 + ["b"] * 42, ["p"] * 62)
+    assert (clones.code_N[:20] >= 0).all(), "two of them are in the other sample as well"
+    assert (clones.code_N[20:] < 0).all()
+    assert clones.report is not None
+    assert clones.report.files[0].sample == "a"
+
+
 def test_alpha_beta_and_gamma_delta_libraries_of_one_sample(tmp_path: Path) -> None:
     for name, cells in (
         ("vdj_t", {A: CELLS[A], B: CELLS[B]}),

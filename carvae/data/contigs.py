@@ -38,6 +38,10 @@ NEEDED_10X = ("barcode", "chain", "cdr3", "cdr3_nt", "productive")
 NEEDED_AIRR = ("cell_id", "locus", "junction", "junction_aa", "productive")
 INSTALL = "pip install 'carvae[tcr]'"
 SEARCH_DEPTH = 6
+CLEARLY = 5
+CHANCE = 0.05
+"""Share of the barcodes (or of the cells, where they are fewer) below which what is met is met by chance: of 10x's
+737,000 barcodes two unrelated samples of some thousand cells have a few in common."""
 _BARCODE = re.compile(r"(?<![A-Za-z])([ACGTN]{12,})(?:-(\d+))?(?![A-Za-z])")
 
 
@@ -230,8 +234,9 @@ def match_cells(
 ) -> tuple[NDArray[np.intp], FileMatch]:
     """Place in the query of each barcode of a file, or -1, and what was found.
 
-    They are sought in the sample that the file's path names, else in all. Barcodes are compared whole; where fewer than
-    half are found so, by their nucleotides (``AAAC...-1``), and one that several cells have is left out.
+    They are sought in the sample that the file's path names or that has nearly all of them, else in all. Barcodes are
+    compared whole; where fewer than half are found so, by their nucleotides (``AAAC...-1``), and one that several cells
+    have is left out. A few that are met by chance are none.
 
     Parameters
     ----------
@@ -239,7 +244,7 @@ def match_cells(
         Barcode and sample of each cell of the query.
     """
     wanted, samples = list(receptors.chains.index.astype(str)), set(sample_N)
-    within = next((name for name in receptors.names if name in samples), "")
+    within = next((name for name in receptors.names if name in samples), "") or _whose(wanted, names_N, sample_N)
     own = np.flatnonzero(sample_N == within) if within else np.arange(len(names_N))
     best, ambiguous = np.full(len(wanted), -1, np.intp), 0
     for key in (str, _with_lane, _without_lane):
@@ -248,7 +253,19 @@ def match_cells(
             best, ambiguous = np.where(at >= 0, own[at], -1), doubtful
         if (best >= 0).mean() >= 0.5:  # noqa: PLR2004 (half)
             break
+    if (best >= 0).sum() < CHANCE * min(len(wanted), len(own)):
+        best[:] = -1
     return best, FileMatch(receptors.path, within, len(wanted), int((best >= 0).sum()), ambiguous)
+
+
+def _whose(wanted: Sequence[str], names_N: NDArray[np.object_], sample_N: NDArray[np.object_]) -> str:
+    """The sample that has `CLEARLY` times as many of the barcodes as any other; empty where none has."""
+    keys = {_without_lane(name) for name in wanted} - {""}
+    has_N = np.fromiter((_without_lane(name) in keys for name in names_N), np.bool_, len(names_N))
+    found = pd.Series(sample_N[has_N]).value_counts()
+    if len(found) and found.iloc[0] >= CLEARLY * (found.iloc[1] if len(found) > 1 else 1):
+        return str(found.index[0])
+    return ""
 
 
 def _lookup(cells: Sequence[str], wanted: Sequence[str]) -> tuple[NDArray[np.intp], int]:
