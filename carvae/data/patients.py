@@ -61,6 +61,8 @@ class Patients:
     """Space -> cells of each sample in it, [cells, dimensions] each."""
     clones: tuple[frozenset[str], ...] | None = None
     """Clones of each sample, by their sequences."""
+    set_aside: tuple[str, ...] = ()
+    """Columns of numbers that are no features, since their names say that they are known after the outcome."""
     levels: tuple[str, ...] = ("0", "1")
     """Words of the levels, the worst first; empty for a time to an event."""
 
@@ -159,7 +161,7 @@ def patients_of(frame: pd.DataFrame, config: RespondConfig) -> Patients:
     study = _text(named["study"]).fillna("") if "study" in named else pd.Series([ONE_STUDY] * len(frame))
     taken = set(config.columns.values()) | set(config.where)
     beside = {n: _plain(s) for n, s in named.items() if n not in {"patient", "sample", "study", "outcome", "event"}}
-    features = _features(frame, taken, config)
+    features, set_aside = _features(frame, taken, config)
     found = Patients(
         sample_R=_text(named.get("sample", patient)).to_numpy(dtype=object),
         patient_R=_text(patient).to_numpy(dtype=object),
@@ -169,6 +171,7 @@ def patients_of(frame: pd.DataFrame, config: RespondConfig) -> Patients:
         columns=tuple(map(str, features)),
         x_RF=features.to_numpy(float),
         beside=beside,
+        set_aside=set_aside,
         levels=levels,
     )
     check_patients(found)
@@ -259,29 +262,31 @@ def _shared(items: object, what: str) -> list[str]:
     ]
 
 
-def _features(frame: pd.DataFrame, taken: set[str], config: RespondConfig) -> pd.DataFrame:
-    """The numbers that may predict."""
+def _features(frame: pd.DataFrame, taken: set[str], config: RespondConfig) -> tuple[pd.DataFrame, tuple[str, ...]]:
+    """The numbers that may predict, and those that would but for their names."""
+    later: list[str] = []
     if config.score is not None:
         wanted: Sequence[str] = [config.score]
     elif config.features:
         wanted = config.features
     else:
-        numbers = frame.select_dtypes(["number", "bool"]).columns
-        wanted = [c for c in numbers if c not in taken and c not in BESIDE and not LATER.search(str(c))]
+        numbers = [str(c) for c in frame.select_dtypes(["number", "bool"]) if c not in taken and c not in BESIDE]
+        later = [name for name in numbers if LATER.search(name) and name not in config.trusted]
+        wanted = [name for name in numbers if name not in later]
     for name in wanted:
         column = _column(frame, name, "respond.features")
         if not pd.api.types.is_numeric_dtype(column):
             raise SchemaError(f"the feature {name!r} is not a column of numbers")
-        if name in config.columns.values() or LATER.search(name):
+        if name in config.columns.values() or (LATER.search(name) and name not in config.trusted):
             raise SchemaError(
-                f"the feature {name!r} is the outcome or is known after it only; a response is predicted from what "
-                "was measured before (rename the column if its name deceives)"
+                f"the feature {name!r} is the outcome or, by its name, known after it only; a response is predicted "
+                "from what was measured before (name it in respond.trusted if its name deceives)"
             )
         if np.isinf(column.astype(float)).any():
             raise SchemaError(f"the feature {name!r} holds infinite values")
     found = frame[list(wanted)].astype(float)
     empty = [str(c) for c in found if found[c].nunique() == 0]
-    return found.drop(columns=empty)
+    return found.drop(columns=empty), tuple(later)
 
 
 def _read(path: Path) -> pd.DataFrame:

@@ -228,6 +228,7 @@ def _head(run: Run, allowed: Informative) -> dict[str, Any]:
         "studies": {s: int((outcomes.study == s).sum()) for s in sorted(set(outcomes.study.astype(str)))},
         "studies_with_one_outcome": list(allowed.alone),
         "features": list(run.patients.columns),
+        "set_aside": list(run.patients.set_aside),
     }
 
 

@@ -40,6 +40,8 @@ def run(config: Config) -> Path:
     patients = read_patients(config.respond)
     methods = wanted(baselines(patients), config.respond.methods)
     log.info("%s", sentence_of(patients))
+    if patients.set_aside:
+        log.warning("set aside, as by their names known after the outcome only: %s", ", ".join(patients.set_aside))
     metrics = evaluate(Run(patients, methods, config.respond, config.seed))
     metrics = {"carvae_version": __version__, "seed": config.seed} | metrics
     metrics["settings"] = config.respond.model_dump(mode="json")

@@ -6,16 +6,16 @@ from collections.abc import Mapping
 
 from carvae.response.methods import Choice
 
-CHOSEN, HEAD = "carvae", "head"
-NOT_CHOSEN = frozenset({"majority", "attention_pca"})
-"""Never delivered: the trivial answer, and the other way to pool, which is here to be compared."""
+CHOSEN, HEAD, ATTENTION_PCA = "carvae", "head", "attention_pca"
+UNDELIVERED = frozenset({"majority", ATTENTION_PCA})
+"""Never used themselves: the trivial answer, and the other way to pool, which is here to be compared."""
 
 
 def chosen(found: Mapping[str, Choice]) -> Choice:
-    """The head where it beats the best baseline in the inner folds, else that baseline."""
-    others = [choice for name, choice in found.items() if name not in NOT_CHOSEN | {HEAD}]
-    if not others:
-        return found.get(HEAD, found["majority"])
-    best = max(others, key=lambda choice: choice.inner)
+    """The head where it beats every baseline in the inner folds, else the best baseline."""
+    others = [choice for name, choice in found.items() if name != HEAD]
+    usable = [choice for choice in others if choice.method.name not in UNDELIVERED]
     head = found.get(HEAD)
-    return head if head is not None and head.inner > best.inner else best
+    if head is not None and all(head.inner > choice.inner for choice in others):
+        return head
+    return max(usable, key=lambda choice: choice.inner) if usable else head or found["majority"]
