@@ -41,13 +41,13 @@ class HeadSettings:
     """Whether a training study has an offset and a shift of its own."""
     n_hidden: int = 8
     n_members: int = 3
-    n_cells: int = 64
+    n_cells: int = 40
     """Cells drawn of each sample in a step."""
-    n_steps: int = 50
-    lr: float = 0.04
+    n_steps: int = 80
+    lr: float = 0.06
     decay: float = 0.01
     """Of AdamW, on all weights."""
-    feature_decay: float = 0.05
+    feature_decay: float = 0.2
     study_decay: float = 0.1
     """Squared penalties on the features' coefficients, and on what belongs to a study."""
 
