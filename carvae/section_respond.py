@@ -12,7 +12,8 @@ from carvae.section import Section
 
 class RespondConfig(Section):
     """Outcomes of patients: what is predicted from what. Read by the design ``response`` of `carvae evaluate`, by
-    `carvae train` where ``outcome`` is among ``columns``, and by `carvae respond`."""
+    `carvae train` where ``outcome`` is among ``columns``, and by `carvae respond`.
+    """
 
     table: Path | None = None
     """CSV with one row per sample or patient: patient, study, outcome and features (``carvae annotate`` writes one)."""

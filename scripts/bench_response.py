@@ -33,7 +33,6 @@ import planted_leaks
 import torch
 from scipy.stats import binom, kstest, norm
 
-from carvae.config import RespondConfig
 from carvae.data.patients import Patients, read_patients
 from carvae.data.simulate_cohorts import CohortDesign, simulate_cohort
 from carvae.errors import CarvaeError, LeakSuspected
@@ -45,6 +44,7 @@ from carvae.response.choice import ATTENTION_PCA, CHOSEN
 from carvae.response.heads import heads
 from carvae.response.methods import baselines
 from carvae.response.pairs import Outcomes, Tally, interval, p_value, weights
+from carvae.section_respond import RespondConfig
 
 SMALL = CohortDesign(effect="nothing", n_patients=60, n_studies=4, n_cells=60, n_genes=24)
 QUICK = HeadSettings(n_members=2, n_cells=24, n_steps=30)
@@ -111,7 +111,7 @@ def coverage(args: argparse.Namespace) -> Figures:
         inside_of.setdefault(strength, []).append(good)
     for strength, good in inside_of.items():
         found[f"pipeline {strength:g}"] = float(np.mean(good))
-        print(f"pipeline, effect {strength:g}: the interval holds what its models score on new patients in {np.mean(good):.1%}")
+        print(f"pipeline, effect {strength:g}: its models' score on new patients inside in {np.mean(good):.1%}")
     return found
 
 
@@ -144,7 +144,9 @@ def _pipeline_inside(job: tuple[float, int]) -> bool:
         truth.append(float((score[level == 1][:, None] > score[level == 0][None]).mean()))
         held = patients.outcome_R[fold.held]
         share.append(held.sum() * (1 - held).sum())
-    return _holds(interval(tally.value, tally.drawn(weights(outcomes, rng, 1000))), float(np.average(truth, weights=share)))
+    return _holds(
+        interval(tally.value, tally.drawn(weights(outcomes, rng, 1000))), float(np.average(truth, weights=share))
+    )
 
 
 def _holds(found: dict[str, float | None], true: float) -> bool:
@@ -175,7 +177,9 @@ def _alarm(seed: int) -> bool:
     copy = patients.outcome_R + np.random.default_rng(seed).normal(0, 0.3, patients.outcome_R.size)
     patients = replace(patients, bags={}, columns=("copy",), x_RF=copy[:, None])
     try:
-        check_leaks(evaluate(Run(patients, tuple(baselines(patients)), RespondConfig(permutations=200, repeats=1), seed)))
+        check_leaks(
+            evaluate(Run(patients, tuple(baselines(patients)), RespondConfig(permutations=200, repeats=1), seed))
+        )
     except LeakSuspected as error:
         print(f"LeakSuspected: {error}")
         return True
@@ -209,7 +213,9 @@ def effects(args: argparse.Namespace) -> Figures:
         means = {name: float(np.mean([one[name] for one in each])) for name in each[0]}
         used = float(np.mean([one["head used"] for one in each]))
         for name, mean in means.items():
-            print(f"{effect}, {args.patients} patients: {name} {mean:.3f} ({', '.join(f'{o[name]:.2f}' for o in each)})")
+            print(
+                f"{effect}, {args.patients} patients: {name} {mean:.3f} ({', '.join(f'{o[name]:.2f}' for o in each)})"
+            )
         found[effect] = {name: round(mean, 3) for name, mean in means.items()} | {"head used": used}
     return found
 
@@ -230,9 +236,12 @@ def null(args: argparse.Namespace) -> Figures:
     each = list(spread(_null, jobs, args.processes))
     value, holds, p = (np.array(column, float) for column in zip(*each, strict=True))
     false = int((p <= 0.05).sum())
+    by_chance = binom.sf(false - 1, len(each), 0.05)
     uniform = float(kstest(p - np.random.default_rng(0).random(p.size) / (args.shuffles + 1), "uniform").pvalue)
     print(f"{len(each)} cohorts: mean AUROC {value.mean():.3f}, interval holds 0.5 in {holds.mean():.0%}")
-    print(f"p <= 0.05 in {false} of {len(each)} ({binom.sf(false - 1, len(each), 0.05):.2f} by chance); uniform: {uniform:.2f}")
+    print(
+        f"p <= 0.05 in {false} of {len(each)} (by chance {by_chance:.2f}), uniform {uniform:.2f}"
+    )
     return {
         "cohorts": len(each),
         "mean_auroc": round(float(value.mean()), 4),

@@ -13,11 +13,11 @@ import numpy as np
 import pandas as pd
 from sklearn.decomposition import PCA
 
-from carvae.config import RespondConfig
 from carvae.data.patients import Patients, check_patients, patients_of
 from carvae.errors import CarvaeError
 from carvae.response.guards import check_preparation, suspicions
 from carvae.response.splits import Fold, by_patient, check_apart
+from carvae.section_respond import RespondConfig
 
 N, N_FEATURES = 60, 40
 Frame = pd.DataFrame
@@ -95,26 +95,25 @@ CELLS: dict[str, Callable[[Patients], Patients]] = {
 
 
 # Leaks of a split.
-def _cell_split(patients: Patients, rng: np.random.Generator) -> Fold:
-    """Two samples of each patient, split by sample."""
-    rows = np.arange(patients.sample_R.size)
-    return Fold("by sample", rows[::2], rows[1::2])
-
-
-SPLITS: dict[str, Callable[[Patients], tuple[Patients, Fold]]] = {
-    "split by sample": lambda p: (replace(p, patient_R=np.repeat(p.patient_R[::2], 2)), Fold("s", _even(), _even() + 1)),
-    "rows on both sides": lambda p: (p, Fold("s", np.arange(40), np.arange(39, N))),
-    "drawn twice before the split": lambda p: _oversampled(p),
-}
-
-
-def _even() -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    return np.arange(0, N, 2)
+def _by_sample() -> Fold:
+    """One of two samples of each patient on either side."""
+    return Fold("by sample", np.arange(0, N, 2), np.arange(1, N, 2))
 
 
 def _oversampled(patients: Patients) -> tuple[Patients, Fold]:
+    """Patients drawn twice before the split."""
     twice = patients.take(np.concatenate([np.arange(N), np.arange(10)]))
     return twice, Fold("s", np.arange(N), np.arange(N, N + 10))
+
+
+SPLITS: dict[str, Callable[[Patients], tuple[Patients, Fold]]] = {
+    "split by sample": lambda p: (
+        replace(p, patient_R=np.repeat(p.patient_R[::2], 2)),
+        _by_sample(),
+    ),
+    "rows on both sides": lambda p: (p, Fold("s", np.arange(40), np.arange(39, N))),
+    "drawn twice before the split": _oversampled,
+}
 
 
 # Leaks of preparation: what is made of all patients before they are split.

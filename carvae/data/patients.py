@@ -9,13 +9,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from carvae.config import RespondConfig
 from carvae.errors import SchemaError, join_problems
+from carvae.section_respond import RespondConfig
 
 Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]
@@ -53,7 +54,7 @@ class Patients:
     """Names of the features."""
     x_RF: Floats
     """Features, NaN where missing."""
-    beside: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
+    beside: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     """How the samples were made and measured: column -> numbers or words, [R] each."""
     event_R: NDArray[np.bool_] | None = None
     """For a time to an event: whether it was seen (not censored)."""
@@ -146,10 +147,10 @@ def read_patients(config: RespondConfig) -> Patients:
 
 def patients_of(frame: pd.DataFrame, config: RespondConfig) -> Patients:
     """Patients from a table in memory, as `read_patients`."""
-    named = {name: _column(frame, column, f"respond.columns.{name}") for name, column in config.columns.items()}
-    for name in BESIDE:
-        if name in frame and name not in named:
-            named[name] = frame[name]
+    named: dict[str, pd.Series[str]] = {}
+    for name, column in config.columns.items():
+        named[str(name)] = _column(frame, column, f"respond.columns.{name}")
+    named |= {name: frame[name] for name in BESIDE if name in frame and name not in named}
     patient = named.get("patient", named.get("sample"))
     if patient is None:
         raise SchemaError(f"the table has no column 'patient'; name it in respond.columns (there are {_some(frame)})")
@@ -205,7 +206,7 @@ def outcomes_of(
             f"not say what {unknown[0]!r} is; give all of them from worst to best, such as [[SD, PD], [CR]], or name "
             "it in respond.missing"
         )
-    return words.map(level_of).to_numpy(float), None, tuple("/".join(words) for words in config.levels)
+    return np.asarray(words.map(level_of), np.float64), None, tuple("/".join(words) for words in config.levels)
 
 
 def check_patients(found: Patients) -> None:
@@ -320,12 +321,12 @@ def _column(frame: pd.DataFrame, column: str, where: str) -> pd.Series[str]:
 
 def _text(column: pd.Series[str]) -> pd.Series[str]:
     """Values as words; whole numbers without a point; missing ones stay missing."""
-    if pd.api.types.is_float_dtype(column) and (column.dropna() % 1 == 0).all():
-        column = column.astype("Int64")
-    return column.astype("string").str.strip().astype(object).where(column.notna(), np.nan)
+    whole = pd.api.types.is_float_dtype(column) and bool((column.dropna() % 1 == 0).all())
+    words = column.astype("Int64").astype("string") if whole else column.astype("string")
+    return words.str.strip().astype(object).where(column.notna(), np.nan)
 
 
-def _plain(column: pd.Series[str]) -> NDArray[np.generic]:
+def _plain(column: pd.Series[str]) -> NDArray[Any]:
     """Numbers as they are, all else as words, empty where missing."""
     if pd.api.types.is_numeric_dtype(column):
         return column.to_numpy(float)

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from carvae.config import RespondConfig
 from carvae.data.patients import Floats, Patients
 from carvae.errors import EvaluateError
 from carvae.evaluation.response_figures import calibration, decision_curve
@@ -26,13 +25,14 @@ from carvae.response.guards import constants, suspicions
 from carvae.response.methods import Choice, Method, asked_in, choose, inner_folds
 from carvae.response.pairs import Outcomes, Tally, difference, interval, p_value, weights
 from carvae.response.splits import TWO, Fold, by_patient, by_study, check_apart
+from carvae.section_respond import RespondConfig
 
 log = logging.getLogger(__name__)
 
 SCORE = "score"
 """Name of a column that is itself the prediction."""
 INCONCLUSIVE, PREDICTS, OTHER_WAY, WORSE = "inconclusive", "predicts", "predicts the other way", "no better"
-ALPHA, SCORE_SHUFFLES = 0.05, 2000
+ALPHA, CHANCE, SCORE_SHUFFLES = 0.05, 0.5, 2000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -153,9 +153,7 @@ def figures_of(run: Run, folds: Sequence[Sequence[Fold]], scores: Scores) -> dic
             methods[name] |= {"decision_curve": decision_curve(probability_P, outcomes.level)}
     own = CHOSEN if CHOSEN in tallies else SCORE
     others = {n: t for n, t in tallies.items() if n not in {own, "majority"}}
-    by_study = {
-        study: _in_study(tallies[own], outcomes, study) for study in sorted(set(outcomes.study.astype(str)))
-    }
+    by_study = {study: _in_study(tallies[own], outcomes, study) for study in sorted(set(outcomes.study.astype(str)))}
     return {
         "folds": [[fold.name for fold in deal] for deal in folds],
         "methods": methods,
@@ -186,9 +184,9 @@ def null_of(run: Run, folds: Sequence[Sequence[Fold]], name: str) -> Floats:
 def verdict(auroc: Mapping[str, float | None], p: float | None, *, both_sides: bool) -> str:
     """What may be said: nothing is said to predict where the interval holds 0.5 or shuffles do as well."""
     low, high = auroc["low"], auroc["high"]
-    if low is None or high is None or p is None or p >= ALPHA or low <= 0.5 <= high:
+    if low is None or high is None or p is None or p >= ALPHA or low <= CHANCE <= high:
         return INCONCLUSIVE
-    if low > 0.5:
+    if low > CHANCE:
         return PREDICTS
     return OTHER_WAY if both_sides else INCONCLUSIVE
 

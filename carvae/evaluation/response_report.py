@@ -149,7 +149,9 @@ def summary(metrics: dict[str, Any]) -> str:
         )
     for row in metrics["confounding"]:
         if row["p"] < 1 / 20:
-            lines.append(f"confounding: {row['what']} alone predicts the outcome (AUROC {row['auroc']:.2f}, p = {row['p']:.2g})")
+            lines.append(
+                f"confounding: {row['what']} alone predicts the outcome (AUROC {row['auroc']:.2f}, p = {row['p']:.2g})"
+            )
     if metrics["studies_with_one_outcome"]:
         alone = ", ".join(metrics["studies_with_one_outcome"])
         lines.append(f"studies in which all patients have one outcome tell nothing within study: {alone}")
@@ -227,7 +229,9 @@ def _calibration(axes: Axes, metrics: dict[str, Any]) -> bool:
     bins = own["calibration"]["bins"]
     axes.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1)
     axes.plot([b["said"] for b in bins], [b["found"] for b in bins], "o-", color=OWN_COLOUR)
-    axes.set(xlim=(0, 1), ylim=(-0.02, 1.02), xlabel="probability said", ylabel=f"share that is {metrics['levels'][-1]}")
+    axes.set(
+        xlim=(0, 1), ylim=(-0.02, 1.02), xlabel="probability said", ylabel=f"share that is {metrics['levels'][-1]}"
+    )
     axes.set_title(f"fifths of {metrics['patients']} patients", fontsize=10)
     return True
 

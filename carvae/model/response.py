@@ -1,7 +1,7 @@
 """A head for outcomes of patients: gated attention over the cells of a sample, with features of the sample beside it.
 
-Attention follows Ilse, Tomczak and Welling (2018), eq. 9: a cell's weight is ``softmax(w . (tanh(V x) * sigmoid(U x)))``
-over the cells of its bag, and the sample is the weighted mean of its cells. Cohorts are small, so the head is too: few
+Attention follows Ilse, Tomczak and Welling (2018), eq. 9: a cell weighs ``softmax(w . (tanh(V x) * sigmoid(U x)))``,
+taken over the cells of its bag, and the sample is the weighted mean of its cells. Cohorts are small, so the head is too: few
 hidden units, no layer between the pooled cell and the outcome, decay on everything, cells drawn anew in every step, and
 the mean of several members that differ in their seeds. A study may have an offset and a small shift of its cells, both
 drawn to zero, which a study that was not seen does not have.
@@ -27,6 +27,8 @@ from carvae.errors import BundleError, RespondError
 
 PREFIX = "response."
 """Of the head's tensors in a bundle."""
+LEAST_SPREAD = 1e-9
+"""Features that vary less than this among training samples say nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,14 +176,12 @@ class _Scaled:
         mean_SF = np.stack([x_RF[code_R == s].mean(0) for s in range(code_R.max() + 1)])
         within_RF = x_RF - mean_SF[code_R]
         scale_F = within_RF.std(0)
-        scale_F[scale_F < 1e-9] = np.inf
+        scale_F[scale_F < LEAST_SPREAD] = np.inf
         floats = (within_RF / scale_F, median_F, mean_SF.mean(0), scale_F)
         x, median, centre, scale = (torch.from_numpy(np.asarray(a)).float() for a in floats)
         cells_ND = (cells_ND - centre_D) / scale_D
         study_R = torch.from_numpy(code_R.astype(np.int64))
-        return cls(
-            cells_ND, np.cumsum(size_R) - size_R, size_R, x, study_R, centre_D, scale_D, median, centre, scale
-        )
+        return cls(cells_ND, np.cumsum(size_R) - size_R, size_R, x, study_R, centre_D, scale_D, median, centre, scale)
 
     def drawn(self, rng: np.random.Generator, n: int) -> Tensor:
         """Cells of every sample, drawn with replacement: [R, M, D]."""

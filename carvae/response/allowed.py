@@ -52,7 +52,7 @@ def informative(patients: Patients) -> Informative:
     outcomes = Outcomes.of(patients)
     mark_P = outcomes.level if outcomes.event is None else outcomes.event.astype(float)
     table = pd.crosstab(pd.Series(outcomes.study, dtype=str), mark_P)
-    _refuse_few(patients, table.sum(0), "")
+    _refuse_few(patients, table.sum(axis=0), "")
     mixed = (table > 0).sum(axis=1) > 1
     names = [str(name) for name in table.index]
     if not mixed.any():
@@ -65,10 +65,10 @@ def informative(patients: Patients) -> Informative:
     told = (count.max(1).sum() - count.sum(0).max()) / rest if rest else 0.0
     if len(table) > 1 and told >= NESTED:
         raise EvaluateError(
-            f"the outcome is nested in study: the study alone tells it in {count.max(1).sum() / count.sum():.0%} of the "
-            "patients; what tells responders apart is then what tells studies apart, so no figure is given"
+            f"the outcome is nested in study: the study alone tells it in {count.max(1).sum() / count.sum():.0%} of "
+            "the patients; what tells responders apart is then what tells studies apart, so no figure is given"
         )
-    _refuse_few(patients, table[mixed].sum(0), " in studies that have more than one outcome")
+    _refuse_few(patients, table[mixed].sum(axis=0), " in studies that have more than one outcome")
     best = count[mixed.to_numpy()][:, -1]
     strata = [(int(n), int(k)) for n, k in zip(count[mixed.to_numpy()].sum(1) - best, best, strict=True)]
     alone = tuple(n for n, m in zip(names, mixed, strict=True) if not m)
@@ -85,8 +85,8 @@ def _refuse_few(patients: Patients, count: pd.Series[int], where: str) -> None:
     if few < MIN_PATIENTS:
         said = ", ".join(f"{k} {word}" for word, k in n.items())
         raise EvaluateError(
-            f"too few patients: {said}{where}; at least {MIN_PATIENTS} of each class are needed, below which any figure "
-            "is luck"
+            f"too few patients: {said}{where}; at least {MIN_PATIENTS} of each class are needed, below which any "
+            "figure is luck"
         )
 
 
@@ -160,9 +160,7 @@ def power_at(auroc: float, strata: Sequence[tuple[int, int]], *, both_sides: boo
     both = float(multivariate_normal([0, 0], [[1, 0.5], [0.5, 1]]).cdf([d / np.sqrt(2)] * 2))  # of two, both exceed
     pairs = np.array([n * m for n, m in strata], float)
     of_null = np.array([(n + m + 1) / (12 * n * m) for n, m in strata])
-    of_true = np.array(
-        [(auroc * (1 - auroc) + (n + m - 2) * (both - auroc**2)) / (n * m) for n, m in strata]
-    )
+    of_true = np.array([(auroc * (1 - auroc) + (n + m - 2) * (both - auroc**2)) / (n * m) for n, m in strata])
     share = pairs / pairs.sum()
     sd_null, sd_true = (float(np.sqrt((share**2 * variance).sum())) for variance in (of_null, of_true))
     limit = float(norm.ppf(1 - ALPHA / (2 if both_sides else 1))) * sd_null

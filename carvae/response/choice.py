@@ -8,14 +8,14 @@ from carvae.response.methods import Choice
 
 CHOSEN, HEAD, ATTENTION_PCA = "carvae", "head", "attention_pca"
 UNDELIVERED = frozenset({"majority", ATTENTION_PCA})
-"""Never used themselves: the trivial answer, and the other way to pool, which is here to be compared."""
+"""Never used themselves: the trivial answer, and the same pooling of other coordinates, which is there to compare."""
 
 
 def chosen(found: Mapping[str, Choice]) -> Choice:
-    """The head where it beats every baseline in the inner folds, else the best baseline."""
-    others = [choice for name, choice in found.items() if name != HEAD]
-    usable = [choice for choice in others if choice.method.name not in UNDELIVERED]
+    """The head where it beats the best baseline in the inner folds, else that baseline."""
+    usable = [choice for name, choice in found.items() if name not in UNDELIVERED | {HEAD}]
     head = found.get(HEAD)
-    if head is not None and all(head.inner > choice.inner for choice in others):
-        return head
-    return max(usable, key=lambda choice: choice.inner) if usable else head or found["majority"]
+    if not usable:
+        return head or found["majority"]
+    best = max(usable, key=lambda choice: choice.inner)
+    return head if head is not None and head.inner > best.inner else best

@@ -116,10 +116,11 @@ def check_preparation(prepare: Preparation, patients: Patients, fold: Fold, rng:
     if not np.array_equal(before.outcome_R, after.outcome_R, equal_nan=True):
         changed.append("the outcomes")
     if changed:
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         raise LeakError(
             f"what is learned from in fold {fold.name!r} depends on the patients that are held out ({changed[0]!r}"
-            f"{f' and {len(changed) - 1} more' if len(changed) > 1 else ''}): scaling, selecting, imputing, integrating "
-            "and tuning must be done on training patients alone; nothing was scored"
+            f"{more}): scaling, selecting, imputing, integrating and"
+            "  tuning must be done on training patients alone; nothing was scored"
         )
 
 

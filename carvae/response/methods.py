@@ -147,14 +147,14 @@ def _logistic(x_RF: Floats, learn: Patients, penalties: Sequence[float]) -> list
     u_RK, s_K, v_KF = np.linalg.svd(x_RF, full_matrices=False)  # the penalty is the same in any rotation
     found = []
     for penalty in penalties:
-        rows = [ridge_logistic(u_RK * s_K, learn.outcome_R > c, weight_R, penalty) for c in range(len(learn.levels) - 1)]
+        rows = [
+            ridge_logistic(u_RK * s_K, learn.outcome_R > c, weight_R, penalty) for c in range(len(learn.levels) - 1)
+        ]
         found.append((np.stack([w_K @ v_KF for w_K, _ in rows]), np.array([b for _, b in rows])))
     return found
 
 
-def ridge_logistic(
-    x_RK: Floats, above_R: NDArray[np.bool_], weight_R: Floats, penalty: float
-) -> tuple[Floats, float]:
+def ridge_logistic(x_RK: Floats, above_R: NDArray[np.bool_], weight_R: Floats, penalty: float) -> tuple[Floats, float]:
     """The minimum of ``|w|^2 / 2 + penalty * sum(weight * log loss)`` by Newton's method; the intercept is free.
 
     It is that of scikit-learn's LogisticRegression(C=penalty), in a tenth of its time on tables this small; a whole

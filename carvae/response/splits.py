@@ -45,7 +45,7 @@ def by_study(patients: Patients, rows: Rows) -> list[Fold]:
 
 
 def by_patient(patients: Patients, rows: Rows, n_folds: int, rng: np.random.Generator) -> list[Fold]:
-    """Groups of patients held out in turn, like in study and class; at most as many as the rarest class has patients."""
+    """Groups of patients held out in turn, like in study and class; at most as many as the rarest class has."""
     n_folds = max(TWO, min(n_folds, *classes(patients, rows).values()))
     mark = patients.outcome_R if patients.event_R is None else patients.event_R.astype(float)
     first = {patients.patient_R[row]: row for row in rows}
@@ -96,7 +96,7 @@ def _refuse(fold: Fold, what: str, shared: Set[object]) -> None:
     if shared:
         example = min((repr(name) for name in shared if isinstance(name, str)), default="")
         raise LeakError(
-            f"fold {fold.name!r} has {len(shared)} {what}{'s' * (len(shared) > 1)} {example and f'({example}) '}on both "
-            "sides of the split, and what is learned of it would be asked again; nothing was scored: give each person "
-            "one name, and remove copies"
+            f"fold {fold.name!r} has {len(shared)} {what}{'s' * (len(shared) > 1)} {example and f'({example}) '}on "
+            "both sides of the split, and what is learned of it would be asked again; nothing was scored: give each "
+            "person one name, and remove copies"
         )
