@@ -239,9 +239,7 @@ def null(args: argparse.Namespace) -> Figures:
     by_chance = binom.sf(false - 1, len(each), 0.05)
     uniform = float(kstest(p - np.random.default_rng(0).random(p.size) / (args.shuffles + 1), "uniform").pvalue)
     print(f"{len(each)} cohorts: mean AUROC {value.mean():.3f}, interval holds 0.5 in {holds.mean():.0%}")
-    print(
-        f"p <= 0.05 in {false} of {len(each)} (by chance {by_chance:.2f}), uniform {uniform:.2f}"
-    )
+    print(f"p <= 0.05 in {false} of {len(each)} (by chance {by_chance:.2f}), uniform {uniform:.2f}")
     return {
         "cohorts": len(each),
         "mean_auroc": round(float(value.mean()), 4),

@@ -314,7 +314,11 @@ def test_what_confounds_is_found_and_what_does_not_is_not() -> None:
     rng = np.random.default_rng(0)
     patients.outcome_R[:] = rng.random(80) < np.where(np.isin(patients.study_R, ["s0", "s1"]), 0.1, 0.9)
     cells = patients.outcome_R * 2 + rng.normal(size=80)
-    beside = {"n_cells": cells, "median_counts": rng.normal(size=80), "product": np.where(patients.study_R < "s2", "x", "y")}
+    beside = {
+        "n_cells": cells,
+        "median_counts": rng.normal(size=80),
+        "product": np.where(patients.study_R < "s2", "x", "y"),
+    }
     rows = {row["what"]: row for row in confounding(replace(patients, beside=beside), rng)}
     assert set(rows) == {"study", "n_cells", "median_counts", "product"}
     assert all(rows[name]["p"] < 0.01 and rows[name]["auroc"] > 0.8 for name in ("study", "n_cells", "product"))

@@ -144,6 +144,6 @@ def test_simulated_cohorts_hold_what_they_say(effect: str) -> None:
     rates = [patients.outcome_R[patients.study_R == s].mean() for s in sorted(set(patients.study_R))]
     assert bool(max(rates) - min(rates) > 0.5) is (effect == "study")
     found = {name: auroc(patients, patients.of([name])[:, 0]) for name in ("fraction S1", "shannon", "fraction S0")}
-    assert (found["fraction S1"] > 0.6) is (effect == "composition")
-    assert (found["shannon"] > 0.6) is (effect == "clones")
+    assert (found["fraction S1"] > 0.57) is (effect == "composition")
+    assert (found["shannon"] > 0.65) is (effect == "clones")
     assert abs(found["fraction S0"] - 0.5) < 0.12
