@@ -110,7 +110,7 @@ def test_rows_where_a_column_has_another_value_are_left_out(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["nowhere.csv", "."])
 def test_a_table_that_cannot_be_read_is_one_sentence(tmp_path: Path, name: str) -> None:
-    with pytest.raises(SchemaError, match="does not exist|cannot be read"):
+    with pytest.raises(SchemaError, match=r"does not exist|cannot be read"):
         read_patients(RespondConfig(table=tmp_path / name))
 
 
@@ -123,11 +123,11 @@ def test_copies_of_rows_cells_and_clones_are_refused() -> None:
         check_patients(replace(patients, x_RF=rows))
     cells = [bag.copy() for bag in patients.bags["latent"]]
     cells[4][3] = cells[2][9]
-    with pytest.raises(SchemaError, match="'P04' shares cells .* with patient 'P02'"):
+    with pytest.raises(SchemaError, match=r"'P04' shares cells .* with patient 'P02'"):
         check_patients(replace(patients, bags={"latent": tuple(cells)}))
     assert patients.clones is not None
     clones = (*patients.clones[:5], frozenset({"P000"}))
-    with pytest.raises(SchemaError, match="'P05' shares clones .* with patient 'P00'"):
+    with pytest.raises(SchemaError, match=r"'P05' shares clones .* with patient 'P00'"):
         check_patients(replace(patients, clones=clones))
 
 

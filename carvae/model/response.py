@@ -1,10 +1,10 @@
 """A head for outcomes of patients: gated attention over the cells of a sample, with features of the sample beside it.
 
 Attention follows Ilse, Tomczak and Welling (2018), eq. 9: a cell weighs ``softmax(w . (tanh(V x) * sigmoid(U x)))``,
-taken over the cells of its bag, and the sample is the weighted mean of its cells. Cohorts are small, so the head is too: few
-hidden units, no layer between the pooled cell and the outcome, decay on everything, cells drawn anew in every step, and
-the mean of several members that differ in their seeds. A study may have an offset and a small shift of its cells, both
-drawn to zero, which a study that was not seen does not have.
+taken over the cells of its bag, and the sample is the weighted mean of its cells. Cohorts are small, so the head is
+too: few hidden units, no layer between the pooled cell and the outcome, decay on everything, cells drawn anew in every
+step, and the mean of several members that differ in their seeds. A study may have an offset and a small shift of its
+cells, both drawn to zero, which a study that was not seen does not have.
 
 Axes: R samples, N cells of a sample, M cells drawn, D dimensions of a cell, H hidden units, E members, F features, S
 studies, C cuts between the levels of the outcome.

@@ -46,10 +46,8 @@ class Outcomes:
     @property
     def better_PP(self) -> NDArray[np.bool_]:
         """Whether the first patient's outcome is known to be better than the second's."""
-        more: NDArray[np.bool_] = self.level[:, None] > self.level[None, :]
-        if self.event is not None:
-            more = np.logical_and(more, self.event[None, :])
-        return more
+        more = self.level[:, None] > self.level[None, :]
+        return np.asarray(more if self.event is None else more & self.event[None, :], bool)
 
     def per_patient(self, patients: Patients, score_R: Floats) -> Floats:
         """Mean of the scores of each patient's samples; NaN where none has one."""
