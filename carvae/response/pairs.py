@@ -57,7 +57,7 @@ class Outcomes:
             if name in place and not np.isnan(score):
                 total[place[name]] += score
                 n[place[name]] += 1
-        return np.divide(total, n, out=np.full(n.size, np.nan), where=n > 0)
+        return np.asarray(np.divide(total, n, out=np.full(n.size, np.nan), where=n > 0))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
