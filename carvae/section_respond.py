@@ -17,8 +17,10 @@ class RespondConfig(Section):
 
     table: Path | None = None
     """CSV with one row per sample or patient: patient, study, outcome and features (``carvae annotate`` writes one)."""
+    model: Path | None = None
+    """In place of a table: a model, with which the samples of ``ingest.studies`` are embedded and labelled."""
     clinical: Path | None = None
-    """CSV with the outcomes, joined to the table by sample or patient, where the table itself has none."""
+    """CSV with the outcomes, joined by sample or patient, where the table (or the studies) have none."""
     columns: dict[Literal["sample", "patient", "study", "outcome", "event", "product"], str] = Field(
         default_factory=dict
     )
@@ -40,6 +42,8 @@ class RespondConfig(Section):
     suspected of a leak however well they predict."""
     methods: tuple[str, ...] = ()
     """What is compared; by default every method that the data allow."""
+    with_study: bool = True
+    """Whether the head gives each training study an offset and a small shift of its cells."""
     folds: int = Field(5, ge=2)
     """Groups of patients held out in turn (fewer where a class has fewer patients)."""
     repeats: int = Field(5, ge=1)

@@ -27,9 +27,11 @@ ONE_STUDY = "all"
 BESIDE = tuple(
     "sample patient study outcome event product disease tissue assay timepoint timepoint_days n_cells n_cells_used "
     "median_counts mean_confidence gene_overlap fraction_unknown mean_novelty batch_distance verdict "
-    "verdict_reason".split()
+    "verdict_reason clone_cells clone_depth".split()
 )
 """Columns of a table of samples that say how a sample was made and measured: never features unless named."""
+LIMITS = re.compile(r"^(low|high) |_(low|high)$")
+"""Ends of intervals: no features of their own."""
 LATER = re.compile(
     r"(?i)(^|[^a-z])(response|responder|respond|outcome|progress\w*|relapse\w*|remission|recist|surviv\w*|pfs|os|efs|"
     r"dfs|ttp|death|dead|alive|best_?resp\w*|crs|icans|mrd|follow\w*up)([^a-z]|$)"
@@ -135,18 +137,18 @@ def read_patients(config: RespondConfig) -> Patients:
     """
     if config.table is None:
         raise SchemaError("respond.table names no file; give a CSV with one row per sample or patient")
-    frame = _read(config.table)
+    return patients_of(_read(config.table), config)
+
+
+def patients_of(frame: pd.DataFrame, config: RespondConfig) -> Patients:
+    """Patients from a table of samples in memory, as `read_patients`; the clinical table is read where one is named."""
     if config.clinical is not None:
         frame = _joined(frame, _read(config.clinical), config)
     for column, wanted in config.where.items():
         frame = frame[_text(_column(frame, column, "respond.where")).isin([wanted])]
     if frame.empty:
-        raise SchemaError(f"no row of {config.table} has {' and '.join(f'{k}={v}' for k, v in config.where.items())}")
-    return patients_of(frame.reset_index(drop=True), config)
-
-
-def patients_of(frame: pd.DataFrame, config: RespondConfig) -> Patients:
-    """Patients from a table in memory, as `read_patients`."""
+        raise SchemaError(f"no row of the table has {' and '.join(f'{k}={v}' for k, v in config.where.items())}")
+    frame = frame.reset_index(drop=True)
     named: dict[str, pd.Series[str]] = {}
     for name, column in config.columns.items():
         named[str(name)] = _column(frame, column, f"respond.columns.{name}")
@@ -154,6 +156,8 @@ def patients_of(frame: pd.DataFrame, config: RespondConfig) -> Patients:
     patient = named.get("patient", named.get("sample"))
     if patient is None:
         raise SchemaError(f"the table has no column 'patient'; name it in respond.columns (there are {_some(frame)})")
+    if "outcome" not in named and "response" in frame:
+        named["outcome"] = frame["response"]
     if "outcome" not in named:
         raise SchemaError(f"the table has no column 'outcome'; name it in respond.columns (there are {_some(frame)})")
     if (gone := int(patient.isna().sum())) > 0:
@@ -272,6 +276,7 @@ def _features(frame: pd.DataFrame, taken: set[str], config: RespondConfig) -> tu
         wanted = config.features
     else:
         numbers = [str(c) for c in frame.select_dtypes(["number", "bool"]) if c not in taken and c not in BESIDE]
+        numbers = [name for name in numbers if not LIMITS.search(name)]
         later = [name for name in numbers if LATER.search(name) and name not in config.trusted]
         wanted = [name for name in numbers if name not in later]
     for name in wanted:

@@ -21,7 +21,7 @@ from carvae.errors import EvaluateError
 from carvae.evaluation.response_figures import calibration, decision_curve
 from carvae.response.allowed import Informative, confounding, informative, power
 from carvae.response.choice import CHOSEN, chosen
-from carvae.response.guards import constants, suspicions
+from carvae.response.guards import suspicions
 from carvae.response.methods import Choice, Method, asked_in, choose, inner_folds
 from carvae.response.pairs import Outcomes, Tally, difference, interval, p_value, weights
 from carvae.response.splits import TWO, Fold, by_patient, by_study, check_apart
@@ -73,11 +73,6 @@ def evaluate(run: Run) -> dict[str, Any]:
     patients = run.patients
     allowed = informative(patients)
     doubts = suspicions(patients, run.config.trusted)
-    dropped = constants(patients)
-    if dropped and not run.config.score:
-        kept = tuple(name for name in patients.columns if name not in dropped)
-        patients = replace(patients, columns=kept, x_RF=patients.of(kept))
-    run = replace(run, patients=patients)
     designs = designs_of(run)
     rng = np.random.default_rng((run.seed, 20))
     metrics: dict[str, Any] = _head(run, allowed) | {

@@ -20,8 +20,10 @@ from carvae.data.patients import Patients, read_patients
 from carvae.errors import EvaluateError, LeakSuspected
 from carvae.evaluation.response import INCONCLUSIVE, SCORE, Run, evaluate
 from carvae.labels.read import nearest
+from carvae.model.response import HeadSettings
 from carvae.response.choice import CHOSEN
 from carvae.response.guards import CEILING, MIN_SHUFFLES, shuffles_pass
+from carvae.response.heads import heads
 from carvae.response.methods import Method, baselines
 
 log = logging.getLogger(__name__)
@@ -37,8 +39,8 @@ def run(config: Config) -> Path:
     CarvaeError
         The table cannot be used, allows no honest figure, or a leak is found or suspected; nothing is written then.
     """
-    patients = read_patients(config.respond)
-    methods = wanted(baselines(patients), config.respond.methods)
+    patients, settings = patients_of(config), HeadSettings(with_study=config.respond.with_study)
+    methods = wanted([*baselines(patients), *heads(patients, settings)], config.respond.methods)
     log.info("%s", sentence_of(patients))
     if patients.set_aside:
         log.warning("set aside, as by their names known after the outcome only: %s", ", ".join(patients.set_aside))
@@ -54,6 +56,19 @@ def run(config: Config) -> Path:
     log.info("%s\n%s", table_of(metrics).round(3).to_string(index=False, na_rep="-"), summary(metrics))
     log.info("wrote %s", config.output)
     return config.output
+
+
+def patients_of(config: Config) -> Patients:
+    """The patients of the table, or of the studies as a model describes them; raises CarvaeError."""
+    if config.respond.table is not None and config.respond.model is not None:
+        raise EvaluateError("respond.table and respond.model are both given; keep one")
+    if config.respond.model is None:
+        return read_patients(config.respond)
+    if not config.ingest.studies:
+        raise EvaluateError("respond.model describes the samples of ingest.studies, which names none")
+    from carvae.response.cells import patients_of_studies
+
+    return patients_of_studies(config)
 
 
 def wanted(methods: list[Method], names: tuple[str, ...]) -> tuple[Method, ...]:

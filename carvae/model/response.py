@@ -25,10 +25,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 from carvae.data.patients import Bag, Floats, Patients
 from carvae.errors import BundleError, RespondError
 
-PREFIX = "response."
-"""Of the head's tensors in a bundle."""
-LEAST_SPREAD = 1e-9
-"""Features that vary less than this among training samples say nothing."""
+LEAST_SPREAD, NO_SPREAD = 1e-9, 1e12
+"""Features that vary less than the first among training samples are divided by the second: nothing is left of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +98,7 @@ class Head:
     def tensors(self) -> dict[str, Tensor]:
         """For safetensors."""
         fixed = {name: getattr(self, name) for name in ("centre_D", "scale_D", "median_F", "centre_F", "scale_F")}
-        return {PREFIX + name: tensor.contiguous() for name, tensor in (dict(self.weights) | fixed).items()}
+        return {name: tensor.contiguous() for name, tensor in (dict(self.weights) | fixed).items()}
 
     def describe(self) -> dict[str, Any]:
         """For JSON."""
@@ -109,7 +107,7 @@ class Head:
     @classmethod
     def read(cls, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Head:
         """A head from what `describe` and `tensors` gave; raises BundleError where they do not fit together."""
-        known = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+        known = dict(tensors)
         weights = {name: known.pop(name) for name in WEIGHTS}
         n_dim, n_features = known["centre_D"].numel(), len(spec["columns"])
         shapes = (weights["v_EDH"].shape[1], weights["c_ED"].shape[1], known["scale_D"].numel())
@@ -176,7 +174,7 @@ class _Scaled:
         mean_SF = np.stack([x_RF[code_R == s].mean(0) for s in range(code_R.max() + 1)])
         within_RF = x_RF - mean_SF[code_R]
         scale_F = within_RF.std(0)
-        scale_F[scale_F < LEAST_SPREAD] = np.inf
+        scale_F[scale_F < LEAST_SPREAD] = NO_SPREAD
         floats = (within_RF / scale_F, median_F, mean_SF.mean(0), scale_F)
         x, median, centre, scale = (torch.from_numpy(np.asarray(a)).float() for a in floats)
         cells_ND = (cells_ND - centre_D) / scale_D

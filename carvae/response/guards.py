@@ -81,11 +81,11 @@ def _sd(outcomes: Outcomes) -> float:
 
 
 def constants(patients: Patients) -> list[str]:
-    """Features that do not vary within any study, where there are several studies."""
-    if len(set(patients.study_R)) == 1:
-        return []
-    spread = pd.DataFrame(patients.x_RF).groupby(patients.study_R).nunique(dropna=False).max()
-    return [name for name, most in zip(patients.columns, spread, strict=True) if most <= 1]
+    """Features that vary between studies and within none. Nothing can be learned of them, which centring sees to."""
+    x = pd.DataFrame(patients.x_RF)
+    within = x.groupby(patients.study_R).nunique(dropna=False).max()
+    whole = x.nunique(dropna=False)
+    return [name for name, most, all_ in zip(patients.columns, within, whole, strict=True) if most <= 1 < all_]
 
 
 def shuffles_pass(null: np.ndarray[tuple[int], np.dtype[np.float64]]) -> bool:

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 
 from carvae.data.patients import Floats, Patients, Rows
 from carvae.errors import RespondError
+from carvae.model.responder import EDGE, FRACTION, NO_SPREAD, Linear, Recalibration, transformed
 from carvae.response.pairs import Outcomes, Tally
 from carvae.response.splits import Fold, inner
 
-FRACTION = "fraction "
 CLONAL = re.compile(
     r"(?i)(shannon|simpson|gini|chao|(^|[^a-z])ace([^a-z]|$)|clon|entropy|expan|diversity|richness|hill)"
 )
@@ -40,6 +40,9 @@ SPREADS = (0.05, 0.5, 5.0)
 MAX_STEPS, MAX_MOVE, TOLERANCE = 60, 4.0, 1e-8
 """Of Newton's method: steps, greatest change of the log odds in one, and change of a coefficient at which it ends."""
 MAJORITY = "majority"
+CHANCE = 0.5
+PLATT, LEAST_SLOPE = 10.0, 0.01
+"""Penalty of a recalibration (as of a regression), and its least slope, which keeps the order."""
 EVERYTHING = "features"
 """Baseline that reads every column but those of the pseudobulk."""
 
@@ -76,33 +79,6 @@ class Constant:
         return np.full(asked.sample_R.size, self.value)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Linear:
-    """A linear model of some columns."""
-
-    columns: tuple[str, ...]
-    median_F: Floats
-    """In place of missing values."""
-    centre_F: Floats
-    scale_F: Floats
-    coefficient_CF: Floats
-    intercept_C: Floats
-    kind: str
-
-    def score(self, asked: Patients) -> Floats:
-        """Expected level (two levels: probability of the better); for a time to an event minus the log hazard."""
-        x_RF = transformed(asked.of(self.columns), self.columns)
-        x_RF = (np.where(np.isnan(x_RF), self.median_F, x_RF) - self.centre_F) / self.scale_F
-        logit_RC = x_RF @ self.coefficient_CF.T + self.intercept_C
-        return np.asarray(logit_RC[:, 0] if self.kind == "time" else (1 / (1 + np.exp(-logit_RC))).sum(1))
-
-
-def transformed(x_RF: Floats, columns: Sequence[str]) -> Floats:
-    """Features as they are, fractions by their square root, which evens out their variance."""
-    share_F = np.array([name.startswith(FRACTION) for name in columns], bool)
-    return np.where(share_F, np.sqrt(np.clip(x_RF, 0, None)), x_RF)
-
-
 def majority(learn: Patients, settings: Sequence[float], seed: int) -> list[Fitted]:
     """Mean outcome of the training patients, whoever is asked."""
     mean = 0.0 if learn.kind == "time" else float(np.average(learn.outcome_R, weights=shared_weight(learn)))
@@ -120,7 +96,7 @@ def linear(columns: Sequence[str]) -> Fit:
             median_F = np.nan_to_num(np.nanmedian(x_RF, axis=0))
         x_RF, centre_F = centred(np.where(np.isnan(x_RF), median_F, x_RF), learn.study_R)
         scale_F = x_RF.std(0)
-        scale_F[scale_F <= np.abs(centre_F) * 1e-9 + 1e-12] = np.inf  # constant here: nothing can be learned of it
+        scale_F[scale_F <= np.abs(centre_F) * 1e-9 + 1e-12] = NO_SPREAD  # constant here: nothing can be learned of it
         found = _cox if learn.kind == "time" else _logistic
         parts = found(x_RF / scale_F, learn, [setting / len(names) for setting in settings])
         return [Linear(names, median_F, centre_F, scale_F, *part, learn.kind) for part in parts]
@@ -234,25 +210,73 @@ class Choice:
     setting: float
     inner: float
     """Concordance in the inner folds, within study."""
+    recalibration: Recalibration | None = None
+    """Of the probabilities, from what was said in the inner folds; None but for two levels."""
+
+    def plain(self, learn: Patients, seed: int) -> Fitted:
+        """Learn from all the training patients, without recalibration."""
+        return self.method.fit(learn, [self.setting], seed)[0]
 
     def fit(self, learn: Patients, seed: int) -> Fitted:
         """Learn from all the training patients."""
-        return self.method.fit(learn, [self.setting], seed)[0]
+        plain = self.plain(learn, seed)
+        return plain if self.recalibration is None else Recalibrated(plain, self.recalibration)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Recalibrated:
+    """A method whose probabilities are made as sure as they may be."""
+
+    plain: Fitted
+    recalibration: Recalibration
+
+    def score(self, asked: Patients) -> Floats:
+        """Probability of the better level."""
+        return self.recalibration(self.plain.score(asked))
 
 
 def choose(method: Method, learn: Patients, folds: Sequence[Fold], seed: int) -> Choice:
-    """Setting of a method by concordance within the inner folds; of equals the first, which is the most careful."""
+    """Setting of a method by the inner folds: by log loss for two levels (for the probabilities), else concordance.
+
+    Of equals the first is taken, which is the most careful. Methods are compared by concordance whatever the outcome.
+    """
     if method.name == MAJORITY:
-        return Choice(method, method.settings[0], 0.5)
+        return Choice(method, method.settings[0], CHANCE)
     outcomes = Outcomes.of(learn)
     scores: list[list[Floats]] = [[] for _ in method.settings]
     for fold in folds:
         for own, fitted in zip(scores, method.fit(learn.take(fold.train), method.settings, seed), strict=True):
             own.append(outcomes.per_patient(learn, asked_in(fold, learn, fitted)))
     found = [Tally.of(outcomes, own).value for own in scores]
-    value = [0.5 if np.isnan(v) else v for v in found]  # NaN where nothing could be compared
-    best = int(np.argmax(value))
-    return Choice(method, method.settings[best], value[best])
+    value = [CHANCE if np.isnan(v) else v for v in found]  # NaN where nothing could be compared
+    if learn.kind != "binary":
+        best = int(np.argmax(value))
+        return Choice(method, method.settings[best], value[best])
+    best = int(np.argmax([-_log_loss(own, outcomes.level) for own in scores]))
+    return Choice(method, method.settings[best], value[best], _recalibration(scores[best], outcomes.level))
+
+
+def _recalibration(scores: Sequence[Floats], level_P: Floats) -> Recalibration:
+    """Logistic regression of the outcome on the log odds that were said (Platt 1999; Cox 1958), never turned round.
+
+    Log odds are taken from the mean of their fold: where many of the held-out patients respond, few of the others do,
+    so that the means of folds run against the outcome.
+    """
+    stacked = np.clip(np.stack(scores), EDGE, 1 - EDGE)
+    said = ~np.isnan(stacked)
+    logit = np.log(stacked / (1 - stacked))
+    level = np.broadcast_to(level_P, stacked.shape)[said] > 0
+    centred_logit = (logit - np.nanmean(logit, axis=1, keepdims=True))[said]
+    (slope,), shift = ridge_logistic(centred_logit[:, None], level, np.ones(level.size), PLATT)
+    if slope < LEAST_SLOPE:  # what is left is the share of the level
+        slope, shift = LEAST_SLOPE, ridge_logistic(np.zeros((level.size, 1)), level, np.ones(level.size), PLATT)[1]
+    return Recalibration(float(slope), float(shift - slope * np.nanmean(logit)))
+
+
+def _log_loss(scores: Sequence[Floats], level_P: Floats) -> float:
+    """Mean over what was said of patients in all folds."""
+    p_SP = np.clip(np.stack(scores), EDGE, 1 - EDGE)
+    return float(-np.nanmean(np.where(level_P > 0, np.log(p_SP), np.log(1 - p_SP))))
 
 
 def inner_folds(learn: Patients, seed: int) -> list[Fold]:
