@@ -23,14 +23,14 @@ from carvae.response.allowed import Informative, confounding, informative, power
 from carvae.response.choice import CHOSEN, chosen
 from carvae.response.guards import suspicions
 from carvae.response.methods import Choice, Method, asked_in, choose, inner_folds
-from carvae.response.pairs import Outcomes, Tally, difference, interval, p_value, weights
+from carvae.response.pairs import BOTH_WAYS, Outcomes, Tally, difference, interval, p_value, weights
 from carvae.response.splits import TWO, Fold, by_patient, by_study, check_apart
 from carvae.section_respond import RespondConfig
 
 log = logging.getLogger(__name__)
 
-SCORE = "score"
-"""Name of a column that is itself the prediction."""
+STUDY, SCORE = "study", "score"
+"""Design that holds out studies, and name (and design) of a column that is itself the prediction."""
 INCONCLUSIVE, PREDICTS, OTHER_WAY, WORSE = "inconclusive", "predicts", "predicts the other way", "no better"
 ALPHA, CHANCE, SCORE_SHUFFLES = 0.05, 0.5, 2000
 
@@ -85,7 +85,7 @@ def evaluate(run: Run) -> dict[str, Any]:
         for deal in folds:
             check_apart(deal, patients)
         log.info("design %s: %d folds", name, sum(map(len, folds)))
-        metrics["designs"][name] = figures_of(run, folds, scores_of(run, folds))
+        metrics["designs"][name] = figures_of(run, name, folds, scores_of(run, folds))
     headline = next(iter(designs))
     metrics["headline"] = _headline(run, headline, designs[headline], metrics["designs"][headline])
     return metrics
@@ -99,7 +99,7 @@ def designs_of(run: Run) -> dict[str, list[list[Fold]]]:
     found = {}
     studies = by_study(patients, patients.known)
     if len(studies) >= TWO:
-        found["study"] = [studies]
+        found[STUDY] = [studies]
     rngs = (np.random.default_rng((run.seed, 21, k)) for k in range(run.config.repeats))
     found["patient"] = [by_patient(patients, patients.known, run.config.folds, rng) for rng in rngs]
     return found
@@ -134,14 +134,15 @@ def choices(run: Run, learn: Patients, seed: int) -> dict[str, Choice]:
     return {method.name: choose(method, learn, folds, seed) for method in run.methods}
 
 
-def figures_of(run: Run, folds: Sequence[Sequence[Fold]], scores: Scores) -> dict[str, Any]:
+def figures_of(run: Run, design: str, folds: Sequence[Sequence[Fold]], scores: Scores) -> dict[str, Any]:
     """Figures of all methods of a design."""
+    widen = BOTH_WAYS if design == STUDY else 1.0
     outcomes = Outcomes.of(run.patients)
     weight_DP = weights(outcomes, np.random.default_rng((run.seed, 22)))
     tallies = {name: Tally.of(outcomes, found) for name, found in scores.by_method.items()}
     methods: dict[str, Any] = {}
     for name, tally in tallies.items():
-        methods[name] = {"auroc": interval(tally.value, tally.drawn(weight_DP))}
+        methods[name] = {"auroc": interval(tally.value, tally.drawn(weight_DP), widen)}
         if run.patients.kind == "binary" and name not in {SCORE, "majority"}:
             probability_P = _mean(scores.by_method[name])
             methods[name] |= {"calibration": calibration(probability_P, outcomes.level)}
@@ -153,7 +154,7 @@ def figures_of(run: Run, folds: Sequence[Sequence[Fold]], scores: Scores) -> dic
         "folds": [[fold.name for fold in deal] for deal in folds],
         "methods": methods,
         "by_study": by_study,
-        "differences": {name: difference(tallies[own], tally, weight_DP) for name, tally in others.items()},
+        "differences": {name: difference(tallies[own], tally, weight_DP, widen) for name, tally in others.items()},
         "settings": scores.settings,
         "predictions": _predictions(outcomes, scores.by_method[own]),
     }

@@ -23,6 +23,11 @@ from carvae.data.patients import Floats, Patients
 N_DRAWS = 2000
 """Draws of patients for an interval."""
 LEVEL = 0.95
+BOTH_WAYS = 4 / 3
+"""How much wider intervals are where studies are held out in turn. What is learned from study A and asked in B, and
+what is learned from B and asked in A, err alike, and draws of the patients that are asked do not see it. For a linear
+rule of noise the variance doubles (so the square root of 2); this value held the truth in 94 to 97% of simulated
+cohorts of 60 patients whatever the effect, and 1 held it in 84 to 89%."""
 Strings = NDArray[np.object_]
 
 
@@ -114,8 +119,10 @@ def weights(outcomes: Outcomes, rng: np.random.Generator, n: int = N_DRAWS) -> F
     return weight
 
 
-def interval(value: float, drawn_D: Floats) -> dict[str, float | None]:
+def interval(value: float, drawn_D: Floats, widen: float = 1.0) -> dict[str, float | None]:
     """The figure with its 95% interval: normal on the scale of the logit, by the draws' standard deviation.
+
+    Times ``widen``, which is `BOTH_WAYS` where studies were held out in turn.
 
     The standard deviation goes to that scale by the derivative, ``sd / (value (1 - value))``. Percentiles of the draws
     are too narrow for few patients; `scripts/bench_response.py coverage` measures how often this one holds the truth.
@@ -126,16 +133,16 @@ def interval(value: float, drawn_D: Floats) -> dict[str, float | None]:
     if not 0 < value < 1:  # every draw is alike; one pair the other way would have been possible
         return {"value": value, "low": float(inside.min()), "high": float(inside.max())}
     centre = np.log(value / (1 - value))
-    half = norm.ppf(0.5 + LEVEL / 2) * inside.std(ddof=1) / (value * (1 - value))
+    half = norm.ppf(0.5 + LEVEL / 2) * widen * inside.std(ddof=1) / (value * (1 - value))
     low, high = (1 / (1 + np.exp(-(centre + sign * half))) for sign in (-1, 1))
     return {"value": value, "low": float(low), "high": float(high)}
 
 
-def difference(mine: Tally, other: Tally, weight_DP: Floats) -> dict[str, float | None]:
-    """One figure minus another with its 95% interval (percentiles), under the same draws."""
-    drawn = mine.drawn(weight_DP) - other.drawn(weight_DP)
-    low, high = np.nanpercentile(drawn, [50 - 50 * LEVEL, 50 + 50 * LEVEL])
-    return {"value": mine.value - other.value, "low": float(low), "high": float(high)}
+def difference(mine: Tally, other: Tally, weight_DP: Floats, widen: float = 1.0) -> dict[str, float | None]:
+    """One figure minus another with its 95% interval, normal, by the standard deviation of the same draws of both."""
+    value = mine.value - other.value
+    half = float(norm.ppf(0.5 + LEVEL / 2) * widen * np.nanstd(mine.drawn(weight_DP) - other.drawn(weight_DP), ddof=1))
+    return {"value": value, "low": value - half, "high": value + half}
 
 
 def p_value(value: float, null: Floats, *, both_sides: bool) -> float:
