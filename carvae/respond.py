@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 FEW_CELLS = 50
 """Cells of a patient below which care is due."""
+FEW = f"fewer than {FEW_CELLS} cells"
 
 
 def run(query: Path, model: Path, out: Path, predict: PredictConfig, seed: int = 0) -> Path:
@@ -168,7 +169,7 @@ def _note(bundle: Bundle, asked: Patients, own: NDArray[np.intp], cells: int) ->
         elif bundle.digest("product", product) not in known:
             notes.append(f"product {str(product)!r} was not learned from: how good predictions are for it is not known")
     if cells < FEW_CELLS:
-        notes.append(f"{cells} cells are few")
+        notes.append(FEW)
     return "; ".join(notes)
 
 
