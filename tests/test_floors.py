@@ -23,20 +23,12 @@ FLOOR = {
     **dict.fromkeys(("section", "section_respond", "config"), 1),
     **dict.fromkeys(("data", "labels"), 2),
     "model": 3,
-<<<<<<< HEAD
-    **dict.fromkeys(("ingest", "train", "predict", "map", "report", "studies", "doctor"), 4),
-    **dict.fromkeys(("demo", "evaluation", "plan", "explain"), 5),
-    **dict.fromkeys(("evaluate", "app"), 6),
-    "cli": 7,
-    "__main__": 8,
-=======
     "response": 4,
-    **dict.fromkeys(("ingest", "train", "predict", "map", "report"), 5),
+    **dict.fromkeys(("ingest", "train", "predict", "map", "report", "studies", "doctor"), 5),
     **dict.fromkeys(("demo", "evaluation", "plan", "explain", "respond"), 6),
     **dict.fromkeys(("evaluate", "app"), 7),
     "cli": 8,
     "__main__": 9,
->>>>>>> cc01f8b (Outcomes of patients: tables, within-study concordance, splits, baselines, the protocol as a design of evaluate)
 }
 # Training rebuilds a store that is out of date; a config is made of sections.
 BESIDE = {("train", "ingest"), ("config", "section"), ("config", "section_respond"), ("section_respond", "section")}

@@ -17,9 +17,8 @@ from carvae import __version__
 from carvae.config import Config
 from carvae.data.atomic import replacing_folder
 from carvae.data.patients import Patients, read_patients
-from carvae.errors import EvaluateError, LeakSuspected
+from carvae.errors import EvaluateError, LeakSuspected, nearest
 from carvae.evaluation.response import INCONCLUSIVE, SCORE, Run, evaluate
-from carvae.labels.read import nearest
 from carvae.model.response import HeadSettings
 from carvae.response.choice import CHOSEN
 from carvae.response.guards import CEILING, MIN_SHUFFLES, shuffles_pass
