@@ -160,6 +160,21 @@ def explain(
 
 
 @app.command()
+def respond(
+    query: Query,
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Table of patients: .csv or .csv.gz.")],
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+) -> None:
+    """Predict the outcome of every patient, with an interval, by a model that was trained with outcomes."""
+    settings = _start(quiet, None, _only(overrides, "predict.", "seed="))
+    from carvae.respond import run
+
+    run(query, model, out, settings.predict, settings.seed)
+
+
+@app.command()
 def evaluate(config: ConfigFile, overrides: Overrides = None, quiet: Quiet = False) -> None:
     """Hold out patients, studies or states; compare with the usual methods; write figures, tables and a model card."""
     settings = _start(quiet, config, overrides)

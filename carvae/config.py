@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 from carvae.errors import ConfigError, join_problems
 from carvae.patient_config import CarConfig, ClonesConfig
 from carvae.section import Section, apply, read_yaml, sentence
+from carvae.section_respond import RespondConfig
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -260,8 +261,9 @@ class ExplainConfig(Section):
 class EvaluateConfig(Section):
     """What is held out, what is compared, and on how much of the data."""
 
-    designs: tuple[Literal["patient", "study", "state", "reference"], ...] = ("patient",)
-    """Each patient, study or state held out in turn; ``reference``: train on some studies, label the others."""
+    designs: tuple[Literal["patient", "study", "state", "reference", "response"], ...] = ("patient",)
+    """Each patient, study or state held out in turn; ``reference``: train on some studies, label the others;
+    ``response`` (alone): predict outcomes of patients, see ``respond``."""
     hold_out: tuple[str, ...] = ()
     """Only these patients, studies or states are held out; all in turn where empty."""
     reference: tuple[str, ...] = ()
@@ -303,6 +305,7 @@ class Config(Section):
     explain: ExplainConfig = Field(default_factory=ExplainConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     clones: ClonesConfig = Field(default_factory=ClonesConfig)
+    respond: RespondConfig = Field(default_factory=RespondConfig)
 
     @model_validator(mode="after")
     def _covariates_are_contract_names(self) -> Config:

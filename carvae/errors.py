@@ -54,6 +54,18 @@ class EvaluateError(CarvaeError):
     """An evaluation cannot be made of these data and settings, or would not be an honest one."""
 
 
+class LeakError(EvaluateError):
+    """What is learned from and what is asked are not apart."""
+
+
+class LeakSuspected(EvaluateError):
+    """A figure is better than these data can honestly give, and the checks for leaks have not all passed."""
+
+
+class RespondError(CarvaeError):
+    """Outcomes cannot be predicted from these patients, or with this model."""
+
+
 def join_problems(head: str, problems: Sequence[str]) -> str:
     """One message for several problems: ``head`` with a single problem after it, or a list below it.
 

@@ -17,7 +17,7 @@ from carvae import __version__
 from carvae.config import Config, EvaluateConfig
 from carvae.data.atomic import alone, replacing_folder
 from carvae.errors import ConfigError, EvaluateError, nearest
-from carvae.evaluation import figures, runs
+from carvae.evaluation import figures, response_report, runs
 from carvae.evaluation.baselines import NO_CELLTYPIST
 from carvae.evaluation.card import write_card
 from carvae.evaluation.cells import Cells
@@ -29,6 +29,8 @@ from carvae.evaluation.results import OWN, label_figures, novelty_figures, table
 log = logging.getLogger(__name__)
 
 FILES = ("metrics.json", "table.csv", "card.md")
+RESPONSE = "response"
+"""The design that predicts outcomes of patients."""
 SHOWN = ("accuracy", "macro_f1", "balanced_accuracy", "ece_before", "ece", "set_coverage", "set_size", "unknown")
 
 
@@ -41,6 +43,11 @@ def run(config: Config) -> Path:
         The studies cannot be read, or do not allow what is asked for; the output folder is untouched then.
     """
     check_place(config.output)
+    if RESPONSE in config.evaluate.designs:
+        if len(config.evaluate.designs) > 1:
+            raise EvaluateError("the design 'response' is evaluated alone; give it a config and an output of its own")
+        with alone(config.output):
+            return response_report.run(config)
     methods = installed(checked_methods(config.evaluate.methods))
     check_integration(config.evaluate, methods)
     with alone(config.output):
@@ -112,7 +119,7 @@ def check_place(output: Path) -> None:
     """Raise ConfigError where the output folder holds anything but an older evaluation."""
     if not output.exists():
         return
-    own = {*FILES, *figures.FILES}
+    own = {*FILES, *figures.FILES, *response_report.FILES}
     foreign = sorted({p.name for p in output.iterdir()} - own) if output.is_dir() else [output.name]
     if foreign:
         raise ConfigError(

@@ -28,6 +28,7 @@ from carvae.config import Config, label_file
 from carvae.data.atomic import alone
 from carvae.data.loader import CellData, MinibatchLoader
 from carvae.data.memory import Need, choose, free_bytes
+from carvae.data.patients import patients_of
 from carvae.data.residence import Residence, Resident, Streamed, read
 from carvae.data.sparse import GeneSums
 from carvae.data.split import PatientSplit, patient_folds, split_patients
@@ -44,11 +45,18 @@ from carvae.model.gene_view import fit_gene_view
 from carvae.model.held_out import held_out_metrics
 from carvae.model.network import Network
 from carvae.model.objective import STEPS_PER_CALL, Objective
+from carvae.model.responder import Responder
+from carvae.model.response import HeadSettings
 from carvae.model.trainer import callbacks_of, finish, loggers_of, quiet_lightning, start_processes, trainer_of
 from carvae.model.witness import Witness, learn, measure, reference_of, witness
+from carvae.response.allowed import informative
+from carvae.response.cells import of_samples, patients_of_cohort
+from carvae.response.learn import learn as learn_outcomes
 
 log = logging.getLogger(__name__)
 
+OUTCOME = "outcome"
+"""Entry of ``respond.columns`` that asks for outcomes to be learned."""
 CELLS_PER_SUM = 4096
 """Cells whose moments are taken at a time."""
 
@@ -91,6 +99,8 @@ def _run(config: Config) -> Path:
     if config.train.threads:  # after ingest: the choice of genes (numba) sets torch's threads too
         torch.set_num_threads(config.train.threads)
     cohort = Cohort.assemble(CellStore(store_path(config.output)), config)
+    if OUTCOME in config.respond.columns:
+        _check_outcomes(cohort, config)
     rng = np.random.default_rng((config.seed, 2))
     split = split_patients(cohort.obs["patient"], cohort.authored_N, config.train.validation_share, rng)
     log.info("%s", cohort.sentence(split))
@@ -116,6 +126,8 @@ def _run(config: Config) -> Path:
             reference = reference_of(result.network, cohort, known, config.ingest.identity_genes)
             bundle.trust = learn(witnesses, reference, config.train.unknown_rate)
             metrics["trust"] = measure(witnesses, config.train.unknown_rate)
+        if OUTCOME in config.respond.columns:
+            bundle.responder = _responder(bundle, cohort, config)
         bundle.card = write_card(bundle)
         bundle.save(config.output)
         for checkpoints in work.glob("*/checkpoints"):
@@ -143,6 +155,23 @@ def _witnesses(cohort: Cohort, config: Config, work: Path) -> list[Witness]:
         result = fit(cohort, PatientSplit(fold.train, fold.train[:0], ()), config, work / f"fold{k}")
         found.append(witness(result.network, cohort, fold, identity, rng))
     return found
+
+
+def _check_outcomes(cohort: Cohort, config: Config) -> None:
+    """Raise, before anything is trained, where the outcomes of these patients cannot be learned."""
+    if cohort.tree is None:
+        raise TrainError("respond.columns names an outcome, but no study has labels, on which its prediction rests")
+    samples = of_samples(cohort.obs).reset_index()
+    patients = patients_of(samples, config.respond)
+    allowed = informative(patients)
+    log.info("outcomes of %d patients, %d studies with both", len(patients.names), len(allowed.studies))
+
+
+def _responder(bundle: Bundle, cohort: Cohort, config: Config) -> Responder:
+    """What predicts outcomes from the trained network, which has not seen them."""
+    patients = patients_of_cohort(bundle.network, cohort, config, bundle.signatures)
+    settings = HeadSettings(with_study=config.respond.with_study)
+    return learn_outcomes(patients, config.seed, lambda name: bundle.digest("product", name), settings)
 
 
 def fit(cohort: Cohort, split: PatientSplit, config: Config, folder: Path) -> Fit:

@@ -20,19 +20,19 @@ ROOT = PACKAGE.parent
 # A folder or a module on top stands on one floor and imports only from the floors below.
 FLOOR = {
     "errors": 0,
-    **dict.fromkeys(("section", "patient_config", "config"), 1),
+    **dict.fromkeys(("section", "patient_config", "section_respond", "config"), 1),
     **dict.fromkeys(("data", "labels"), 2),
     "model": 3,
-    **dict.fromkeys(("ingest", "train", "predict", "map", "report", "studies", "doctor"), 4),
-    **dict.fromkeys(("demo", "evaluation", "plan", "explain"), 5),
-    "clone_plots": 4,
-    "clones": 5,
-    **dict.fromkeys(("evaluate", "app"), 6),
-    "cli": 7,
-    "__main__": 8,
+    "response": 4,
+    **dict.fromkeys(("ingest", "train", "predict", "map", "report", "studies", "doctor", "clone_plots"), 5),
+    **dict.fromkeys(("demo", "evaluation", "plan", "explain", "respond", "clones"), 6),
+    **dict.fromkeys(("evaluate", "app"), 7),
+    "cli": 8,
+    "__main__": 9,
 }
 # Training rebuilds a store that is out of date; a config is made of sections.
-BESIDE = {("train", "ingest"), ("config", "section"), ("patient_config", "section"), ("config", "patient_config")}
+_SECTIONS = ("section", "patient_config", "section_respond")
+BESIDE = {("train", "ingest"), *((a, "section") for a in _SECTIONS[1:]), *(("config", a) for a in _SECTIONS)}
 ONLY_IN = {
     "lightning": {"model/objective.py", "model/trainer.py"},
     "pytorch_lightning": {"model/trainer.py"},

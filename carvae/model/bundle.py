@@ -32,12 +32,14 @@ from carvae.labels.axis import main_first
 from carvae.labels.signatures import Signatures
 from carvae.labels.tree import LabelTree
 from carvae.model.network import Network, Prediction
+from carvae.model.responder import PREFIX as RESPONSE
+from carvae.model.responder import Responder
 from carvae.model.trust import PREFIX, Trust
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-FORMAT = 3
+FORMAT = 4
 """Version of the bundle's layout. Older layouts stay loadable; a newer one is refused by name."""
 FILES = ("weights.safetensors", "card.md", "metrics.json")
 NO_HASH = "0" * 64
@@ -81,6 +83,8 @@ class Bundle:
     provenance: Provenance
     trust: Trust | None = None
     """How sure it is; None unless trained with ``train.calibration_folds``, and in bundles of layout 1."""
+    responder: Responder | None = None
+    """What predicts outcomes; None unless trained with ``respond.columns``."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """Held-out scores (see ``metrics.json``)."""
     card: str = ""
@@ -130,6 +134,7 @@ class Bundle:
         check_place(path)
         with replacing_folder(path) as scratch:
             known = {} if self.trust is None else self.trust.tensors()
+            known |= {} if self.responder is None else self.responder.tensors()
             (scratch / FILES[0]).write_bytes(serialise(_tensors(self.network) | known))  # readable as the umask says
             (scratch / FILES[1]).write_text(self.card, encoding="utf-8")
             (scratch / FILES[2]).write_text(json.dumps(self.metrics, indent=1, allow_nan=False), encoding="utf-8")
@@ -211,6 +216,7 @@ class Bundle:
             "gene_policy": list(self.gene_policy),
             "provenance": asdict(self.provenance),
             "trust": None if self.trust is None else self.trust.describe(),
+            "response": None if self.responder is None else self.responder.describe(),
         }
 
 
@@ -230,12 +236,14 @@ def load(path: Path | str, device: str = "auto") -> Bundle:
         tree = None if spec["tree"] is None else LabelTree.from_dict(spec["tree"])
         weights = _checked(load_file(path / FILES[0]))
         known = {name: weights.pop(name) for name in [*weights] if name.startswith(PREFIX)}
+        told = {name: weights.pop(name) for name in [*weights] if name.startswith(RESPONSE)}
         mapped = {str(name): tuple(map(str, digests)) for name, digests in spec.get("mapped", {}).items()}
         bundle = Bundle(
             network=_network(weights, len(spec["genes"]), (spec["covariates"], mapped), tree, config),
             trust=Trust.read(spec["trust"], known).checked(len(spec["genes"]), config, tree)
             if spec.get("trust")
             else None,
+            responder=Responder.read(spec["response"], told) if spec.get("response") else None,
             genes=tuple(spec["genes"]),
             tree=tree,
             signatures=Signatures.from_dict(spec["signatures"]),

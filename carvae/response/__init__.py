@@ -1,0 +1,1 @@
+"""Prediction of patients' outcomes: pairs of patients, splits, baselines, and the choice among them."""
