@@ -238,6 +238,6 @@ def test_two_processes_do_not_work_on_one_output_and_a_killed_one_holds_nothing(
 
 def test_an_output_is_free_again_after_an_error(tmp_path: Path) -> None:
     for _ in range(2):
-        with pytest.raises(KeyError), alone(tmp_path / "a"):
+        with pytest.raises(KeyError), alone(tmp_path / "b" / "c" / "a"):
             raise KeyError
     assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from carvae.errors import ConfigError
@@ -75,6 +75,7 @@ def alone(output: Path) -> Iterator[None]:
     if output in _held:
         yield
         return
+    made = [folder for folder in output.parents if not folder.exists()]
     output.parent.mkdir(parents=True, exist_ok=True)
     file = output.with_name(f".{output.name}.lock")
     descriptor = _locked(file, output)
@@ -83,8 +84,11 @@ def alone(output: Path) -> Iterator[None]:
         yield
     finally:
         _held.discard(output)
-        file.unlink(missing_ok=True)  # while it is locked: who waits for this one finds it gone and makes its own
+        file.unlink(missing_ok=True)  # while it is locked: who comes next finds it gone and makes its own
         os.close(descriptor)
+        with suppress(OSError):  # what was made for the lock alone goes with it
+            for folder in made:
+                folder.rmdir()
 
 
 def _locked(file: Path, output: Path) -> int:
