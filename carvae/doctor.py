@@ -116,14 +116,16 @@ def _gpu() -> list[Finding]:
         if built is None:
             return [Finding("GPU", "none for torch, which is a CPU build", "install a CUDA build where there is a GPU")]
         return [Finding("GPU", f"none that torch sees (built for CUDA {built})", "look at nvidia-smi and its driver")]
+    from carvae.model.fused import has_compiler
+
     found = []
     for i in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(i)
         text = f"{device.name}, {device.total_memory / GIB:.0f} GiB, compute capability {device.major}.{device.minor}"
         found.append(Finding(f"GPU {i}", f"{text} (CUDA {torch.version.cuda})"))
-    compiler = any(map(shutil.which, filter(None, (os.environ.get("CC", ""), "gcc", "clang", "cc"))))
-    if not (importlib.util.find_spec("triton") and compiler):
-        needs = "triton and a C compiler" if not importlib.util.find_spec("triton") else "a C compiler"
+    has_triton = importlib.util.find_spec("triton") is not None
+    if not (has_triton and has_compiler()):
+        needs = "a C compiler" if has_triton else "triton and a C compiler"
         found.append(Finding("kernels", "the plain torch path on GPUs", f"install {needs} for the compiled kernels"))
     return found
 

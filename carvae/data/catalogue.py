@@ -97,9 +97,10 @@ def entries() -> dict[str, Study]:
         A file of the catalogue does not hold what a study is; all such are named.
     """
     found, problems = {}, []
-    for path in sorted(_folder().glob("*.yaml")):
+    for name in names():
+        path = _folder() / f"{name}.yaml"
         try:
-            found[path.stem] = Study.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+            found[name] = Study.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
         except ValidationError as error:
             problems += [f"{path.name}: {sentence(Study, e['loc'], e['type'], e['msg'])}" for e in error.errors()]
         except yaml.YAMLError as error:

@@ -303,11 +303,11 @@ def _labels(
 ) -> NDArray[np.object_]:
     """A name for each cell's clone from its commonest pair of chains, the first of the alphabet where several are."""
     alpha, beta = table["VJ_1_aa"].to_numpy(object), table["VDJ_1_aa"].to_numpy(object)
+    exact = table["VDJ_1_nt"].to_numpy(object)
     if config.chains == "beta":
         alpha = np.full(len(table), "", object)
-    exact = table["VJ_1_nt"].to_numpy(object) + "|" + table["VDJ_1_nt"].to_numpy(object)
-    if config.chains == "beta":
-        exact = table["VDJ_1_nt"].to_numpy(object)
+    else:
+        exact = table["VJ_1_nt"].to_numpy(object) + "|" + exact
     frame = pd.DataFrame({"group": group_R, "patient": table["patient"].to_numpy(object), "how": how_R})
     frame["pair"] = [f"{a or '-'}_{b or '-'}" for a, b in zip(alpha, beta, strict=True)]
     frame["exact"] = exact if config.sequence == "nt" else frame["pair"]

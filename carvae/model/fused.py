@@ -40,8 +40,12 @@ def available(tensor: Tensor) -> bool:
 @cache
 def _can_triton() -> bool:
     """Whether Triton is here with what it needs: on its first call it compiles a small C file."""
-    compilers = (os.environ.get("CC", ""), "gcc", "clang", "cc")
-    return find_spec("triton") is not None and any(map(shutil.which, filter(None, compilers)))
+    return find_spec("triton") is not None and has_compiler()
+
+
+def has_compiler() -> bool:
+    """Whether there is a C compiler, as Triton looks for one."""
+    return any(map(shutil.which, filter(None, (os.environ.get("CC", ""), "gcc", "clang", "cc"))))
 
 
 def has_bfloat16() -> bool:

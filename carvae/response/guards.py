@@ -119,8 +119,8 @@ def check_preparation(prepare: Preparation, patients: Patients, fold: Fold, rng:
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         raise LeakError(
             f"what is learned from in fold {fold.name!r} depends on the patients that are held out ({changed[0]!r}"
-            f"{more}): scaling, selecting, imputing, integrating and"
-            "  tuning must be done on training patients alone; nothing was scored"
+            f"{more}): scaling, selecting, imputing, integrating and "
+            "tuning must be done on training patients alone; nothing was scored"
         )
 
 
