@@ -26,7 +26,7 @@ FLOOR = {
     "response": 4,
     **dict.fromkeys(("ingest", "train", "predict", "map", "report", "studies", "doctor", "clone_plots"), 5),
     **dict.fromkeys(("demo", "evaluation", "plan", "explain", "respond", "clones"), 6),
-    **dict.fromkeys(("evaluate", "app"), 7),
+    **dict.fromkeys(("evaluate", "app", "perturb"), 7),
     "cli": 8,
     "__main__": 9,
 }
