@@ -25,8 +25,8 @@ FLOOR = {
     "model": 3,
     "response": 4,
     **dict.fromkeys(("ingest", "train", "predict", "map", "report", "studies", "doctor", "clone_plots"), 5),
-    **dict.fromkeys(("demo", "evaluation", "plan", "explain", "respond", "clones"), 6),
-    **dict.fromkeys(("evaluate", "app"), 7),
+    **dict.fromkeys(("demo", "evaluation", "plan", "explain", "respond", "clones", "check"), 6),
+    **dict.fromkeys(("evaluate", "app", "invocation"), 7),
     "cli": 8,
     "__main__": 9,
 }
