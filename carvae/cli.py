@@ -227,6 +227,24 @@ def check(
 
 
 @app.command()
+@verb_of_queries("perturb.", "predict.", "seed=")
+def perturb(
+    settings: Config,
+    query: Query,
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder for states.csv, samples.csv, response.csv and perturb.png.")],
+) -> Job:
+    """Set genes or signatures up or down in a sample's cells, and see what the model then says: a hypothesis."""
+    from carvae import perturb
+
+    return Job(
+        lambda: perturb.run(query, model, out, settings.perturb, settings.predict, settings.seed),
+        lambda bundle: perturb.refuse(bundle, out),
+        rows=perturb.STATES,
+    )
+
+
+@app.command()
 def evaluate(config: ConfigFile, overrides: Overrides = None, quiet: Quiet = False) -> None:
     """Hold out patients, studies or states; compare with the usual methods; write figures, tables and a model card."""
     settings = start(quiet, config, overrides)

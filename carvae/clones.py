@@ -13,7 +13,6 @@ import pandas as pd
 import zarr
 from anndata.io import read_elem
 
-from carvae.clone_plots import draw_flow, draw_tracking
 from carvae.data.atomic import replacing_file
 from carvae.data.clonotypes import own_clones
 from carvae.data.diversity import clonal_figures
@@ -25,11 +24,13 @@ from carvae.data.tracking import ClonalCells, changes, flow, persistence, sharin
 from carvae.errors import ConfigError, ReadError, SchemaError
 from carvae.labels.axis import RESERVED
 from carvae.patient_config import ClonesConfig
+from carvae.plots.clones import draw_flow, draw_tracking
 
 log = logging.getLogger(__name__)
 
 TABLES = ("tracked.csv", "changes.csv", "persistence.csv", "sharing.csv", "transitions.csv", "flow.csv", "samples.csv")
 PLOTS = ("tracking.png", "flow.png")
+DPI = 130
 CELLS = (".h5ad", ".zarr", ".csv", ".tsv")
 """Kinds of files that hold cells."""
 STATES = ("carvae_state", "state", "cell_type")
@@ -87,8 +88,10 @@ def run(source: Path, out: Path, config: ClonesConfig, seed: int = 0) -> Path:
         for name, table in zip(TABLES, tables, strict=True):
             write_table(table, places[name], float_format="%.6g")
         if followed:
-            draw_tracking(found, followed, config.top, stack.enter_context(replacing_file(out / PLOTS[0])))
-        draw_flow(found, tables[TABLES.index("transitions.csv")], stack.enter_context(replacing_file(out / PLOTS[1])))
+            picture = draw_tracking(found, followed, config.top)
+            picture.savefig(stack.enter_context(replacing_file(out / PLOTS[0])), dpi=DPI)
+        picture = draw_flow(found, tables[TABLES.index("transitions.csv")])
+        picture.savefig(stack.enter_context(replacing_file(out / PLOTS[1])), dpi=DPI)
     if not followed:
         (out / PLOTS[0]).unlink(missing_ok=True)  # of an earlier run
         log.info("no patient has two time points, so there is nothing to follow and no %s", PLOTS[0])

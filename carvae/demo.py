@@ -30,20 +30,12 @@ from carvae.errors import ConfigError
 from carvae.ingest import work_folder
 from carvae.labels.signatures import Signatures
 from carvae.labels.tree import RESERVED
+from carvae.page.index import Figure, Number, Table, write_index
+from carvae.plots.cells import plot_composition, plot_signatures_by_state, plot_umap
+from carvae.plots.look import save
+from carvae.plots.training import plot_confusion, plot_loss
 from carvae.predict import embed
 from carvae.predict import run as predict
-from carvae.report import (
-    Figure,
-    Number,
-    Table,
-    plot_composition,
-    plot_confusion,
-    plot_loss,
-    plot_signatures_by_state,
-    plot_umap,
-    save,
-    write_index,
-)
 from carvae.train import run as train
 
 log = logging.getLogger(__name__)

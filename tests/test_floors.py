@@ -22,13 +22,14 @@ FLOOR = {
     "errors": 0,
     **dict.fromkeys(("section", "patient_config", "section_respond", "config"), 1),
     **dict.fromkeys(("data", "labels"), 2),
-    "model": 3,
-    "response": 4,
-    **dict.fromkeys(("ingest", "train", "predict", "map", "report", "studies", "doctor", "clone_plots"), 5),
-    **dict.fromkeys(("demo", "evaluation", "plan", "explain", "respond", "clones", "check"), 6),
-    **dict.fromkeys(("evaluate", "app", "invocation"), 7),
-    "cli": 8,
-    "__main__": 9,
+    **dict.fromkeys(("model", "plots"), 3),
+    **dict.fromkeys(("response", "page"), 4),
+    **dict.fromkeys(("ingest", "train", "predict", "map", "studies", "doctor"), 5),
+    **dict.fromkeys(("evaluation", "plan", "explain", "respond", "clones", "check"), 6),
+    **dict.fromkeys(("evaluate", "perturb", "report"), 7),
+    **dict.fromkeys(("demo", "app", "invocation"), 8),
+    "cli": 9,
+    "__main__": 10,
 }
 # Training rebuilds a store that is out of date; a config is made of sections.
 _SECTIONS = ("section", "patient_config", "section_respond")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+from matplotlib.patches import Patch
 
 from carvae.data.tracking import ClonalCells, detection_limit
+from carvae.plots.look import new_axes, styles
 
 BAR = 0.16
 """Width of a stacked bar, where time points are 1 apart."""
@@ -18,35 +21,40 @@ PANEL_HEIGHT, PANEL_WIDTH = 3.0, 5.2
 UNKNOWN_COLOUR, MISSED = "0.75", "0.9"
 
 
-def colours(states: Sequence[str]) -> dict[str, Any]:
-    """A colour for each state."""
-    from matplotlib import colormaps
-
-    palette = colormaps["tab20"]
-    order = [*range(0, palette.N, 2), *range(1, palette.N, 2)]  # the strong ones first
-    return {state: palette(order[i % len(order)]) for i, state in enumerate(states)}
+def colours(states: Sequence[str]) -> dict[str, str]:
+    """A colour for each state, as in every other picture."""
+    return {state: style.colour for state, style in styles(states).items()}
 
 
-def draw_tracking(found: ClonalCells, patients: Sequence[str], top: int, path: Path) -> None:
-    """The largest clones of each patient: share of the cells with a clone at each time point, coloured by state.
-
-    In the grey a clone may be there and not be seen; a dotted line passes over time points at which one was not.
-    """
-    from matplotlib.figure import Figure
-
-    colour, columns = colours(found.states()), min(2, len(patients))
+def draw_tracking(found: ClonalCells, patients: Sequence[str], top: int, order: Sequence[str] | None = None) -> Canvas:
+    """`plot_tracking` for each patient, in one figure with one legend."""
+    colour, columns = colours(order or found.states()), min(2, len(patients))
     rows = -(-len(patients) // columns)
-    figure = Figure(figsize=(PANEL_WIDTH * columns + 2.2, PANEL_HEIGHT * rows + 0.4), layout="constrained")
+    figure = Canvas(figsize=(PANEL_WIDTH * columns + 2.2, PANEL_HEIGHT * rows + 0.4), layout="constrained")
     panels = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).ravel()
     for axes, patient in zip(panels, patients, strict=False):
-        _track(axes, found, patient, top, colour)
+        plot_tracking(found, patient, top, order, axes)
     for axes in panels[len(patients) :]:
         axes.set_visible(False)
     _legend(figure, colour | {"may be missed": MISSED})
-    figure.savefig(path, dpi=130, format="png")
+    return figure
 
 
-def _track(axes: Any, found: ClonalCells, patient: str, top: int, colour: dict[str, Any]) -> None:
+def plot_tracking(
+    found: ClonalCells, patient: str, top: int = 20, order: Sequence[str] | None = None, ax: Axes | None = None
+) -> Axes:
+    """Draw the largest clones of a patient: share of the cells with a clone at each time point, coloured by state.
+
+    In the grey a clone may be there and not be seen; a dotted line passes over time points at which one was not.
+
+    Parameters
+    ----------
+    top
+        Number of clones; those seen at several time points alone.
+    order
+        States in the order of colours; by default those found.
+    """
+    axes, colour = ax or new_axes(height=4.0), colours(order or found.states())
     own, times = found.of(patient)
     cloned = own[own["clone"].notna()]
     total = cloned["timepoint"].value_counts().reindex(times, fill_value=0)
@@ -73,43 +81,67 @@ def _track(axes: Any, found: ClonalCells, patient: str, top: int, colour: dict[s
     axes.set_xticks(x, [f"{time}\n{total[time]:,}" for time in times], fontsize=8)
     axes.set_title(f"{patient}: {len(chosen)} of {len(several):,} clones seen more than once", loc="left", fontsize=10)
     axes.set_ylabel("share of cells with a clone", fontsize=8)
+    return axes
 
 
-def draw_flow(found: ClonalCells, transitions: pd.DataFrame, path: Path) -> None:
+def draw_flow(found: ClonalCells, transitions: pd.DataFrame, order: Sequence[str] | None = None) -> Canvas:
     """Left: states of all cells at each time point. Right: states of the clones seen at a time point and the next."""
-    from matplotlib.figure import Figure
-
-    patients, colour = found.patients(), colours(found.states())
-    figure = Figure(figsize=(12.5, 2.1 * len(patients) + 0.6), layout="constrained")
+    patients, states = found.patients(), list(order or found.states())
+    figure = Canvas(figsize=(12.5, 2.1 * len(patients) + 0.6), layout="constrained")
     most = max(len(found.of(patient)[1]) for patient in patients)
     panels = figure.subplots(len(patients), 2, squeeze=False)
     for (left, right), patient in zip(panels, patients, strict=True):
-        own, times = found.of(patient)
-        known = own.dropna(subset=["state"])
-        for x, time in enumerate(times):
-            here = known[known["timepoint"] == time]["state"].value_counts(normalize=True)
-            _stack(left, x, here.reindex(list(colour), fill_value=0.0), 4 * BAR, colour)
-        counts = known["timepoint"].value_counts().reindex(times, fill_value=0)
-        left.set_title(f"{patient}: all cells", loc="left", fontsize=9)
-        left.set_xticks(range(len(times)), [f"{time}\n{counts[time]:,}" for time in times], fontsize=7)
-        right.set_visible(len(times) > 1)
-        _alluvial(right, transitions, patient, times, colour)
+        plot_states_over_time(found, patient, states, left)
+        right.set_visible(len(found.of(patient)[1]) > 1)
+        plot_clone_flow(found, transitions, patient, states, right)
         for axes in (left, right):
-            axes.set(ylim=(0, 1), xlim=(-0.6, max(most, 2) - 0.4), yticks=(0, 0.5, 1))
-            axes.tick_params(axis="y", labelsize=7)
-    _legend(figure, colour)
-    figure.savefig(path, dpi=130, format="png")
+            axes.set(xlim=(-0.6, max(most, 2) - 0.4))
+    _legend(figure, colours(states))
+    return figure
 
 
-def _stack(axes: Any, x: float, share: pd.Series[float], width: float, colour: dict[str, Any]) -> None:
+def plot_states_over_time(
+    found: ClonalCells, patient: str, order: Sequence[str] | None = None, ax: Axes | None = None
+) -> Axes:
+    """Draw the states of a patient's cells at each time point as stacked bars; numbers of cells below them."""
+    axes, colour = ax or new_axes(height=3.0), colours(order or found.states())
+    own, times = found.of(patient)
+    known = own.dropna(subset=["state"])
+    for x, time in enumerate(times):
+        here = known[known["timepoint"] == time]["state"].value_counts(normalize=True)
+        _stack(axes, x, here.reindex(list(colour), fill_value=0.0), 4 * BAR, colour)
+    counts = known["timepoint"].value_counts().reindex(times, fill_value=0)
+    axes.set_title(f"{patient}: all cells", loc="left", fontsize=9)
+    axes.set_xticks(range(len(times)), [f"{time}\n{counts[time]:,}" for time in times], fontsize=7)
+    return _as_shares(axes)
+
+
+def _as_shares(axes: Axes) -> Axes:
+    axes.set(ylim=(0, 1), yticks=(0, 0.5, 1))
+    axes.tick_params(axis="y", labelsize=7)
+    return axes
+
+
+def _stack(axes: Axes, x: float, share: pd.Series[float], width: float, colour: dict[str, str]) -> None:
     bottom = 0.0
     for state, height in share.items():
         axes.bar(x, height, width, bottom=bottom, color=colour[str(state)], linewidth=0)
         bottom += height
 
 
-def _alluvial(axes: Any, table: pd.DataFrame, patient: str, times: Sequence[str], colour: dict[str, Any]) -> None:
-    labels, places = [], []
+def plot_clone_flow(
+    found: ClonalCells,
+    transitions: pd.DataFrame,
+    patient: str,
+    order: Sequence[str] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw from which state to which a patient's clones went between each time point and the next.
+
+    ``transitions`` is the table of `data.tracking.transitions`; every clone counts once.
+    """
+    axes, colour, times = ax or new_axes(height=3.0), colours(order or found.states()), found.of(patient)[1]
+    table, labels, places = transitions, [], []
     for x, (start, end) in enumerate(pairwise(times)):
         none = not len(table)
         pair = table if none else table[(table["patient"] == patient) & (table["from"] == start) & (table["to"] == end)]
@@ -131,9 +163,10 @@ def _alluvial(axes: Any, table: pd.DataFrame, patient: str, times: Sequence[str]
         _ribbons(axes, weight_SS, ends, [colour[state] for state in states])
     axes.set_title(f"{patient}: clones seen at both time points", loc="left", fontsize=9)
     axes.set_xticks(places, labels, fontsize=7)
+    return _as_shares(axes)
 
 
-def _ribbons(axes: Any, weight_SS: np.ndarray[Any, Any], ends: tuple[float, float], shade: Sequence[Any]) -> None:
+def _ribbons(axes: Axes, weight_SS: np.ndarray[Any, Any], ends: tuple[float, float], shade: Sequence[Any]) -> None:
     """From each earlier to each later state a band as high as the share of the clones that went this way."""
     t = np.linspace(0, 1, 30)
     x, smooth = ends[0] + (ends[1] - ends[0]) * t, t * t * (3 - 2 * t)
@@ -146,8 +179,6 @@ def _ribbons(axes: Any, weight_SS: np.ndarray[Any, Any], ends: tuple[float, floa
         right_S[j] += weight_SS[i, j]
 
 
-def _legend(figure: Any, colour: dict[str, Any]) -> None:
-    from matplotlib.patches import Patch
-
+def _legend(figure: Canvas, colour: dict[str, str]) -> None:
     handles = [Patch(color=shade, label=state) for state, shade in colour.items()]
     figure.legend(handles=handles, loc="outside right upper", fontsize=8, title="state", title_fontsize=8)

@@ -3,7 +3,6 @@ from __future__ import annotations
 import struct
 import sys
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -16,22 +15,12 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure as Canvas
 from matplotlib.text import Text
 
-from carvae.errors import ReadError
-from carvae.report import (
-    GREY,
-    WIDTH_PX,
-    Figure,
-    Number,
-    Table,
-    plot_composition,
-    plot_confusion,
-    plot_loss,
-    plot_signatures_by_state,
-    plot_umap,
-    save,
-    styles,
-    write_index,
-)
+from carvae.data.palette import GREY
+from carvae.data.tracking import ClonalCells, transitions
+from carvae.plots.cells import plot_composition, plot_signatures_by_state, plot_umap
+from carvae.plots.clones import colours, draw_flow, plot_clone_flow, plot_states_over_time, plot_tracking
+from carvae.plots.look import WIDTH_PX, save, styles
+from carvae.plots.training import plot_confusion, plot_loss
 
 STATES = [
     "naive-like", "stem-like memory", "central memory", "effector memory", "effector/cytotoxic", "progenitor exhausted",
@@ -215,57 +204,32 @@ def test_signatures_without_scores_are_left_out() -> None:
     np.testing.assert_allclose(np.asarray(ax.images[0].get_array()), [[-1], [1]])
 
 
-class Page(HTMLParser):
-    """Tags with their attributes, and all text."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
+@pytest.fixture
+def clonal(rng: np.random.Generator) -> ClonalCells:
+    """Two patients and two time points; clone k1 goes from memory to effector in all its cells, k2 stays memory."""
+    rows = [("p1", t, s, c) for t, s, c, n in (
+        ("D0", "memory", "k1", 6), ("D28", "effector", "k1", 9), ("D0", "memory", "k2", 3), ("D28", "memory", "k2", 1),
+        ("D0", None, None, 4),
+    ) for _ in range(n)]  # fmt: skip
+    rows += [("p2", "D0", "effector", "k3")] * 5
+    cells = pd.DataFrame(rows, columns=["patient", "timepoint", "state", "clone"]).assign(sample="s")
+    return ClonalCells(cells.astype(object).where(cells.notna(), None), ("D0", "D28"))
 
 
-NASTY = "<script>alert('x')</script> & \"quoted\""
+def test_clone_plots_draw_shares_into_the_axes_they_are_given(clonal: ClonalCells) -> None:
+    axes, order = Canvas().subplots(1, 3), ["effector", "memory"]
+    table = transitions(clonal)
+    assert plot_tracking(clonal, "p1", 5, order, axes[0]) is axes[0]
+    assert plot_states_over_time(clonal, "p1", order, axes[1]) is axes[1]
+    assert plot_clone_flow(clonal, table, "p1", order, axes[2]) is axes[2]
+    assert [list(line.get_ydata()) for line in axes[0].lines] == [[6 / 9, 9 / 10], [3 / 9, 1 / 10]]
+    heights = [[round(bar.get_height(), 3) for bar in bars] for bars in axes[1].containers]
+    assert heights == [[0.0], [1.0], [0.9], [0.1]]
+    assert [t.get_text() for t in axes[2].get_xticklabels()] == ["D0 to D28\n2 clones"]
+    shade = colours(order)
+    assert [to_hex(bars[0].get_facecolor()).upper() for bars in axes[1].containers] == [*shade.values()] * 2
 
 
-def test_index_shows_everything_and_escapes_every_value(tmp_path: Path) -> None:
-    (tmp_path / "a b#1.png").write_bytes(b"png")
-    frame = pd.DataFrame({NASTY: [0.12345, np.nan], "n": [3, 4]}, index=pd.Index([NASTY, "s2"], name=NASTY))
-    path = write_index(
-        tmp_path,
-        NASTY,
-        [Figure("a b#1.png", NASTY, NASTY)],
-        [Table(NASTY, frame, NASTY)],
-        [Number("0.87" + NASTY, NASTY, NASTY)],
-        introduction=NASTY,
-    )
-    assert path == tmp_path / "index.html"
-    html = path.read_text(encoding="utf-8")
-    page = Page(html)
-    assert "script" not in {tag for tag, _ in page.tags}
-    assert "".join(page.words).count(NASTY) == 13
-    (image,) = [attributes for tag, attributes in page.tags if tag == "img"]
-    assert image["src"] == "a%20b%231.png"
-    assert image["alt"] == f"{NASTY}. {NASTY}"
-    assert "0.123" in page.words
-    assert "nan" not in html
-    assert sum(tag == "td" for tag, _ in page.tags) == 4
-
-
-def test_index_needs_no_network_and_knows_light_and_dark(tmp_path: Path) -> None:
-    html = write_index(tmp_path, "Demo", []).read_text(encoding="utf-8")
-    assert "http" not in html
-    assert "prefers-color-scheme: dark" in html
-    assert {tag for tag, _ in Page(html).tags} == {"html", "head", "meta", "title", "style", "body", "h1"}
-
-
-def test_index_names_the_figures_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ReadError, match=r"lacks x\.png, y\.png; save the figures"):
-        write_index(tmp_path, "Demo", [Figure("x.png", "X", ""), Figure("y.png", "Y", "")])
-    assert not (tmp_path / "index.html").exists()
+def test_a_patient_of_one_time_point_has_no_flow_of_clones(clonal: ClonalCells) -> None:
+    figure = draw_flow(clonal, transitions(clonal))
+    assert [ax.get_visible() for ax in figure.axes] == [True, True, True, False]
