@@ -52,7 +52,7 @@ def run(query: Path, model: Path, out: Path, predict: PredictConfig, seed: int =
             "config of `carvae train`"
         )
     sources = open_samples(query, counts=predict.counts)
-    obs = _obs(sources, predict.sample)
+    obs = patients_of(sources, predict.sample)
     described = described_query(bundle, sources, obs["sample"].to_numpy(str), predict, seed)
     table, states = predicted(bundle, described, obs)
     with replacing_file(out) as scratch:
@@ -90,8 +90,14 @@ def predicted(bundle: Bundle, described: Described, obs: pd.DataFrame) -> tuple[
     return table, _states(responder.predictor, asked, model) if isinstance(responder.predictor, Head) else None
 
 
-def _obs(sources: Sequence[CountsSource], column: str | None) -> pd.DataFrame:
-    """Sample, patient and product of each cell; a patient with several outcomes is refused."""
+def patients_of(sources: Sequence[CountsSource], column: str | None) -> pd.DataFrame:
+    """Sample, patient and product of each cell of a query.
+
+    Raises
+    ------
+    SchemaError
+        A patient has several outcomes, or a sample several patients.
+    """
     parts = []
     for source in sources:
         sample_N, _ = query_samples(source.obs, source.name, column)
