@@ -17,7 +17,7 @@ from carvae.errors import ConfigError, join_problems
 from carvae.patient_config import CarConfig, ClonesConfig
 from carvae.section import Section, apply, read_yaml, sentence
 from carvae.section_report import ReportConfig
-from carvae.section_respond import RespondConfig
+from carvae.section_respond import PerturbConfig, RespondConfig
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -308,6 +308,7 @@ class Config(Section):
     clones: ClonesConfig = Field(default_factory=ClonesConfig)
     respond: RespondConfig = Field(default_factory=RespondConfig)
     report: ReportConfig = Field(default_factory=ReportConfig)
+    perturb: PerturbConfig = Field(default_factory=PerturbConfig)
 
     @model_validator(mode="after")
     def _covariates_are_contract_names(self) -> Config:

@@ -41,7 +41,7 @@ from carvae.page.facts import MARKERS, Facts, several
 from carvae.page.layout import lay_out
 from carvae.page.render import Head, render
 from carvae.patient_config import ClonesConfig
-from carvae.respond import patients_of, predicted
+from carvae.respond import cells_of, predicted
 from carvae.response.cells import described_query
 from carvae.section_report import ReportConfig
 
@@ -175,7 +175,7 @@ def _outcomes(cells: Annotated, bundle: Bundle | None, seed: int) -> tuple[pd.Da
     predict = PredictConfig.model_validate(cells.settings)
     try:
         sources = open_samples(cells.path, counts=predict.counts)
-        obs = patients_of(sources, predict.sample)
+        obs = cells_of(sources, predict.sample)
         described = described_query(bundle, sources, obs["sample"].to_numpy(str), predict, seed)
         return predicted(bundle, described, obs)[0], ""
     except CarvaeError as error:
