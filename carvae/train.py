@@ -48,7 +48,7 @@ from carvae.model.objective import STEPS_PER_CALL, Objective
 from carvae.model.responder import Responder
 from carvae.model.response import HeadSettings
 from carvae.model.trainer import callbacks_of, finish, loggers_of, quiet_lightning, start_processes, trainer_of
-from carvae.model.witness import Witness, learn, measure, reference_of, witness
+from carvae.model.witness import Witness, learn, measure, reference_of, usual_shares, witness
 from carvae.response.allowed import informative
 from carvae.response.cells import of_samples, patients_of_cohort
 from carvae.response.learn import learn as learn_outcomes
@@ -126,6 +126,9 @@ def _run(config: Config) -> Path:
             reference = reference_of(result.network, cohort, known, config.ingest.identity_genes)
             bundle.trust = learn(witnesses, reference, config.train.unknown_rate)
             metrics["trust"] = measure(witnesses, config.train.unknown_rate)
+            if bundle.trust is not None and bundle.tree is not None:
+                leaves = {axis.name: axis.leaves for axis in bundle.tree.axes}
+                metrics["composition"] = usual_shares(witnesses, bundle.trust, leaves)
         if OUTCOME in config.respond.columns:
             bundle.responder = _responder(bundle, cohort, config)
         bundle.card = write_card(bundle)
