@@ -25,9 +25,9 @@ FLOOR = {
     **dict.fromkeys(("model", "plots"), 3),
     **dict.fromkeys(("response", "page"), 4),
     **dict.fromkeys(("ingest", "train", "predict", "map", "studies", "doctor"), 5),
-    **dict.fromkeys(("evaluation", "plan", "explain", "respond", "clones"), 6),
+    **dict.fromkeys(("evaluation", "plan", "explain", "respond", "clones", "check"), 6),
     **dict.fromkeys(("evaluate", "perturb", "report"), 7),
-    **dict.fromkeys(("demo", "app"), 8),
+    **dict.fromkeys(("demo", "app", "invocation"), 8),
     "cli": 9,
     "__main__": 10,
 }

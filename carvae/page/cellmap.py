@@ -19,12 +19,13 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from carvae.data.markers import log_cp10k
+from carvae.data.palette import GREY
 from carvae.page.blocks import Block, Map, Section, Text
 from carvae.page.facts import Facts
 from carvae.page.layout import KEEP, PCA
 from carvae.page.picture import picture
 from carvae.plots.cells import plot_umap
-from carvae.plots.look import GREY, NO_LABEL, styles
+from carvae.plots.look import NO_LABEL, styles
 
 WIDE, NARROW = 65534, 254
 """Steps of numbers in 16 and in 8 bits; the next is "no value"."""

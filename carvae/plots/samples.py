@@ -13,7 +13,8 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
-from carvae.plots.look import EIGHT_COLOURS, finish, new_axes, wrapped
+from carvae.data.palette import EIGHT_COLOURS
+from carvae.plots.look import finish, new_axes, wrapped
 
 BLUE, ORANGE, RED = EIGHT_COLOURS[0], EIGHT_COLOURS[1], EIGHT_COLOURS[5]
 CARE, OUT = "#E69F0033", "#D55E0044"

@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
-from carvae.plots.look import EIGHT_COLOURS, GREY, finish, new_axes
+from carvae.data.palette import EIGHT_COLOURS, GREY
+from carvae.plots.look import finish, new_axes
 
 N_BINS = 20
 UNKNOWN_LABEL = "unknown"
