@@ -50,6 +50,7 @@ StudyName = Annotated[
     str,
     typer.Argument(metavar="STUDY", help="Name in the catalogue, or accession.", autocompletion=_studies_from),
 ]
+GATE_FAILED = 4
 Out = Annotated[Path, typer.Option(help="Result: .h5ad, .zarr, .csv or .csv.gz; - prints a table.")]
 
 
@@ -260,6 +261,33 @@ def perturb(
         lambda bundle: perturb.refuse(bundle, out),
         rows=perturb.STATES,
     )
+
+
+@app.command()
+def compare(
+    a: Annotated[
+        Path, typer.Argument(metavar="A", help="Reference: annotated file, its table of samples, or a folder.")
+    ],
+    b: Annotated[
+        Path, typer.Argument(metavar="B", help="What is compared with it; the same file for two time points.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for compare.csv, metrics.json, compare.png (and gate.csv).")],
+    overrides: Overrides = None,
+    gate: Annotated[
+        Path | None, typer.Option(help="Limits that B must keep, as configs/gates/release.yaml; else exit code 4.")
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Two runs, lots or time points side by side, with intervals, and a pass or fail for a release."""
+    settings = start(quiet, None, only(overrides, "compare.", "seed="))
+    from carvae.compare import METRICS, run
+
+    compared = run(a, b, out, settings.compare, gate, settings.seed)
+    if as_json:
+        print(json.dumps(json.loads((compared.out / METRICS).read_text(encoding="utf-8"))))
+    if not compared.passed:
+        raise typer.Exit(GATE_FAILED)
 
 
 @app.command()
