@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -49,6 +51,11 @@ Clones = Annotated[
         help="T-cell receptors: 10x filtered_contig_annotations.csv, AIRR .tsv, .h5ad of scirpy, or a folder of those.",
     ),
 ]
+FULL = "; nothing was changed: make room, and give the same command again"
+REMEDY = {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EFBIG: FULL, errno.EROFS: "; choose another output"}
+"""What to do about an error of the system."""
+OUT_OF_MEMORY = re.compile("not enough memory|can't allocate memory|out of memory", re.IGNORECASE)
+"""What torch says instead of a MemoryError."""
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.")]
 
 
@@ -238,7 +245,12 @@ def main() -> None:
     except CarvaeError as error:
         _fail(str(error))
     except OSError as error:
-        _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
+        said = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
+        _fail(f"{said}{REMEDY.get(error.errno or 0, '')}")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+            raise
+        _fail("there is not enough memory; lower the chunk_size of the verb, or give it a machine with more")
 
 
 def _only(overrides: list[str] | None, *known: str) -> list[str]:

@@ -18,6 +18,7 @@ from carvae.data.atomic import replacing_file
 from carvae.data.clonotypes import own_clones
 from carvae.data.diversity import clonal_figures
 from carvae.data.schema import inspect_obs, named_column, raise_problems
+from carvae.data.tables import write_csv
 from carvae.data.timepoints import in_order
 from carvae.data.tracking import ClonalCells, changes, flow, persistence, sharing, tracked, transitions
 from carvae.errors import ConfigError, ReadError, SchemaError
@@ -83,7 +84,7 @@ def run(source: Path, out: Path, config: ClonesConfig, seed: int = 0) -> Path:
     with ExitStack() as stack:
         places = {name: stack.enter_context(replacing_file(out / name)) for name in TABLES}
         for name, table in zip(TABLES, tables, strict=True):
-            table.to_csv(places[name], index=False, float_format="%.6g")
+            write_csv(table, places[name], index=False, float_format="%.6g")
         if followed:
             draw_tracking(found, followed, config.top, stack.enter_context(replacing_file(out / PLOTS[0])))
         draw_flow(found, tables[TABLES.index("transitions.csv")], stack.enter_context(replacing_file(out / PLOTS[1])))

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from carvae.config import ExplainConfig, PredictConfig, label_file
 from carvae.data.atomic import replacing_file
 from carvae.data.readers import CountsSource, open_samples
+from carvae.data.tables import write_csv
 from carvae.errors import BundleError, ConfigError, CountsError, SchemaError
 from carvae.labels.axis import RESERVED
 from carvae.labels.signatures import Signatures
@@ -87,11 +88,11 @@ def run(query: Path, model: Path, out: Path, config: ExplainConfig, predict: Pre
     with ExitStack() as stack:
         names = [GENES, *([CELLS] if config.barcodes else []), MARKERS, MISSING, PLOT]
         place = {name: stack.enter_context(replacing_file(out / name)) for name in names}
-        states.to_csv(place[GENES], index=False)
+        write_csv(states, place[GENES], index=False)
         if config.barcodes:
-            singles.to_csv(place[CELLS], index=False)
-        table.to_csv(place[MARKERS], index=False)
-        _missing(bundle, cells).to_csv(place[MISSING], index=False)
+            write_csv(singles, place[CELLS], index=False)
+        write_csv(table, place[MARKERS], index=False)
+        write_csv(_missing(bundle, cells), place[MISSING], index=False)
         draw(table, [(p.name, p.genes) for p in panels], place[PLOT])
     log.info("wrote %s to %s", ", ".join(names), out)
     return out

@@ -26,6 +26,7 @@ from carvae.config import MapConfig, PredictConfig
 from carvae.data.atomic import replacing_file
 from carvae.data.readers import CountsSource, open_samples
 from carvae.data.schema import inspect_obs, raise_problems
+from carvae.data.tables import write_csv
 from carvae.errors import BundleError, ConfigError, CountsError
 from carvae.model.bundle import Bundle, check_place, load
 from carvae.model.mapping import Cells, RowFit
@@ -86,7 +87,7 @@ def run(query: Path, model: Path, out: Path, config: MapConfig, predict: Predict
         )
     mapped = _mapped(query, load(model), config, predict, seed)
     with replacing_file(out.with_name(f"{out.name}.samples.csv")) as table:
-        mapped.samples.to_csv(table, index=False)
+        write_csv(mapped.samples, table, index=False)
         mapped.bundle.save(out)
     log.info("wrote %s and %s.samples.csv", out, out)
     return out

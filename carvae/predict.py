@@ -33,6 +33,7 @@ from carvae.data.results import (
     samples_path,
     writing_results,
 )
+from carvae.data.tables import write_csv
 from carvae.errors import BundleError, ConfigError, CountsError
 from carvae.model.about import about_cells, check_features
 from carvae.model.ahead import Behind, ahead, on_dask
@@ -176,7 +177,7 @@ def _write(work: _Pass, model: Path, out: Path) -> None:
         writer.finish(sources, late.obs, work.uns(sources, late.obs))
         if table is not None and work.table is not None:
             frame = work.table.frame(late.samples)
-            frame.to_csv(table, index=False)
+            write_csv(frame, table, index=False)
             if "verdict" in frame:
                 for row in frame[frame["verdict"] != IN_RANGE].itertuples():
                     log.info("sample %s is %s: %s", row.sample, row.verdict, row.verdict_reason)

@@ -19,6 +19,7 @@ from carvae.data.atomic import replacing_file
 from carvae.data.patients import Floats, Patients
 from carvae.data.readers import CountsSource, open_samples
 from carvae.data.schema import inspect_obs, named_column, query_samples
+from carvae.data.tables import write_csv
 from carvae.errors import BundleError, ConfigError, RespondError, SchemaError
 from carvae.model.bundle import Bundle, load
 from carvae.model.responder import Responder
@@ -56,12 +57,12 @@ def run(query: Path, model: Path, out: Path, predict: PredictConfig, seed: int =
     described = described_query(bundle, sources, obs["sample"].to_numpy(str), predict, seed)
     table, states = predicted(bundle, described, obs)
     with replacing_file(out) as scratch:
-        table.to_csv(scratch, index=False, compression="gzip" if out.suffix == ".gz" else None)
+        write_csv(table, scratch, index=False, compression="gzip" if out.suffix == ".gz" else None)
     wrote = [out]
     if states is not None:
         wrote.append(out.with_name(f"{out.name.removesuffix('.gz').removesuffix('.csv')}.states.csv"))
         with replacing_file(wrote[1]) as scratch:
-            states.to_csv(scratch, index=False)
+            write_csv(states, scratch, index=False)
     log.info("wrote %s", " and ".join(map(str, wrote)))
     return out
 

@@ -7,6 +7,7 @@ copied and added to, so that nothing of it is lost; any other is written anew fr
 from __future__ import annotations
 
 import gzip
+import io
 import logging
 import shutil
 import tempfile
@@ -28,6 +29,7 @@ from carvae.data.atomic import replacing_file, replacing_folder
 from carvae.data.cells import hash_names
 from carvae.data.on_disk import Columns, make_plain, opened, plain, readable_by_others, replace_element, write_counts
 from carvae.data.readers import CountsSource
+from carvae.data.tables import write_csv
 from carvae.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -200,7 +202,7 @@ class _TableWriter:
         table = pd.concat([results.obs.reset_index(drop=True), latent], axis=1)
         table.insert(0, "sample", np.asarray(self.sample[self.done : stop]))
         table.index = pd.Index(self.names.of(self.done, stop), dtype=object)
-        table.to_csv(self.rows, index_label="cell", header=not self.done)
+        write_csv(table, self.rows, index_label="cell", header=not self.done)
         self.done = stop
 
     def finish(self, sources: Sequence[CountsSource], late: pd.DataFrame, uns: dict[str, Any]) -> None:
@@ -210,8 +212,9 @@ class _TableWriter:
             return
         self.file.write(f"{self.rows.readline().rstrip()},{','.join(map(str, late))}\n")
         for start in range(0, len(late), LATE_AT_ONCE):
-            last = late.iloc[start : start + LATE_AT_ONCE].to_csv(index=False, header=False, lineterminator="\n")
-            for end in last.splitlines(keepends=True):
+            last = io.StringIO()
+            write_csv(late.iloc[start : start + LATE_AT_ONCE], last, index=False, header=False, lineterminator="\n")
+            for end in last.getvalue().splitlines(keepends=True):
                 self.file.write(f"{self.rows.readline().rstrip()},{end}")
 
 

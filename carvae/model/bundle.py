@@ -42,9 +42,10 @@ if TYPE_CHECKING:
 FORMAT = 4
 """Version of the bundle's layout. Older layouts stay loadable; a newer one is refused by name."""
 FILES = ("weights.safetensors", "card.md", "metrics.json")
+TEXTS = (".md", ".json")
 NO_HASH = "0" * 64
-MAX_MODEL_JSON = 64 * 1024**2
-"""Bytes of model.json beyond which it is not read."""
+MAX_TEXT = 16 * 1024**2
+"""Bytes of model.json, card.md and metrics.json beyond which they are not read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +207,7 @@ class Bundle:
         return {
             "format": FORMAT,
             "sha256": NO_HASH,
-            "files": {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in FILES},
+            "files": {name: _hash(folder / name) for name in FILES},
             "architecture": self.config.model_dump(mode="json"),
             "genes": list(self.genes),
             "tree": None if self.tree is None else self.tree.to_dict(),
@@ -251,7 +252,7 @@ def load(path: Path | str, device: str = "auto") -> Bundle:
             n_categories=dict(spec["covariates"]),
             gene_policy=tuple(spec["gene_policy"]),
             provenance=Provenance(**spec["provenance"]),
-            metrics=json.loads((path / "metrics.json").read_text(encoding="utf-8")),
+            metrics=_metrics(path / "metrics.json"),
             card=(path / "card.md").read_text(encoding="utf-8"),
             bundle_id=own_hash[:12],
             mapped=mapped,
@@ -296,8 +297,31 @@ def _check_files(path: Path, hashes: dict[str, str]) -> None:
     for name, expected in hashes.items():
         if not (path / name).is_file():
             raise BundleError(f"{name!r} is missing; copy the whole folder again")
-        if hashlib.sha256((path / name).read_bytes()).hexdigest() != expected:
+        if name.endswith(TEXTS) and (path / name).stat().st_size > MAX_TEXT:
+            raise BundleError(f"{name!r} is larger than that of any model; copy the whole folder again")
+        if _hash(path / name) != expected:
             raise BundleError(f"{name!r} was changed after the model was saved; copy the folder again or retrain")
+
+
+def _hash(file: Path) -> str:
+    """Hash of a file, which is never in memory as a whole."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; a key that is there twice is read in one way by one program and in another by the next."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key is there twice")
+    return found
+
+
+def _metrics(file: Path) -> dict[str, Any]:
+    metrics = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_object)
+    if not isinstance(metrics, dict):
+        raise BundleError("metrics.json holds no scores by name; retrain the model")
+    return metrics
 
 
 def _checked(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -335,11 +359,11 @@ def _read_description(path: Path) -> tuple[dict[str, Any], str]:
     file = path / "model.json"
     if not file.is_file():
         raise BundleError(f"{path} is no model bundle (no model.json in it); give the output folder of `carvae train`")
-    if file.stat().st_size > MAX_MODEL_JSON:
+    if file.stat().st_size > MAX_TEXT:
         raise BundleError(f"{file} is larger than any model description; this is no carvae bundle")
     raw = file.read_bytes()
     try:
-        spec = json.loads(raw)
+        spec = json.loads(raw, object_pairs_hook=_object)
         layout = spec["format"]
     except (ValueError, KeyError, TypeError, RecursionError):
         layout = None
