@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -40,6 +43,11 @@ app.add_typer(hub, name="hub")
 
 GATE_FAILED = 4
 Out = Annotated[Path, typer.Option(help="Result: .h5ad, .zarr, .csv or .csv.gz; - prints a table.")]
+FULL = "; nothing was changed: make room, and give the same command again"
+REMEDY = {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EFBIG: FULL, errno.EROFS: "; choose another output"}
+"""What to do about an error of the system."""
+OUT_OF_MEMORY = re.compile("not enough memory|can't allocate memory|out of memory", re.IGNORECASE)
+"""What torch says instead of a MemoryError."""
 
 
 @app.callback(invoke_without_command=True)
@@ -217,6 +225,23 @@ def check(
 
 
 @app.command()
+def report(
+    annotated: Annotated[Path, typer.Argument(help=".h5ad or .zarr that `carvae annotate` wrote.")],
+    out: Annotated[Path, typer.Option(help="The page, .html: one file that opens without a network.")],
+    overrides: Overrides = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Model bundle that labelled the file: its limits, scores and outcomes.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write a page on an annotated file: verdicts, map, states, evidence, clones, limits, methods."""
+    settings = start(quiet, None, only(overrides, "report.", "clones.", "seed="))
+    from carvae.report import run
+
+    told = shlex.join(["carvae", *sys.argv[1:]])
+    run(annotated, out, model=model, config=settings.report, clones=settings.clones, seed=settings.seed, command=told)
+
+
 @verb_of_queries("perturb.", "predict.", "seed=")
 def perturb(
     settings: Config,
@@ -297,7 +322,12 @@ def main() -> None:
     except CarvaeError as error:
         _fail(str(error))
     except OSError as error:
-        _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
+        said = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
+        _fail(f"{said}{REMEDY.get(error.errno or 0, '')}")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+            raise
+        _fail("there is not enough memory; lower the chunk_size of the verb, or give it a machine with more")
 
 
 def _fail(message: str) -> None:

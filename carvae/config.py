@@ -17,6 +17,7 @@ from carvae.errors import ConfigError, join_problems
 from carvae.patient_config import CarConfig, ClonesConfig
 from carvae.section import Section, apply, read_yaml, sentence
 from carvae.section_compare import CompareConfig
+from carvae.section_report import ReportConfig
 from carvae.section_respond import PerturbConfig, RespondConfig
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -316,6 +317,7 @@ class Config(Section):
     clones: ClonesConfig = Field(default_factory=ClonesConfig)
     compare: CompareConfig = Field(default_factory=CompareConfig)
     respond: RespondConfig = Field(default_factory=RespondConfig)
+    report: ReportConfig = Field(default_factory=ReportConfig)
     perturb: PerturbConfig = Field(default_factory=PerturbConfig)
 
     @model_validator(mode="after")

@@ -14,7 +14,8 @@ import yaml
 
 from carvae.data.atomic import replacing_folder
 from carvae.errors import BundleError, ConfigError
-from carvae.model.bundle import FILES, Bundle, check_place, load
+from carvae.model.bundle import Bundle, load
+from carvae.model.bundle_files import FILES, check_place
 
 README = "README.md"
 ATTRIBUTES = ".gitattributes"
