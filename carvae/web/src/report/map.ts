@@ -63,7 +63,7 @@ export class CellMap {
       sizeBy: "valueB",
       pointOutlineWidth: 1,
       pointSizeSelected: 1,
-      lassoOnLongPress: true,
+      lassoOnLongPress: false, // its sign is styled by text, which the policy refuses; there is a button
       lassoInitiator: false,
       spatialIndexUseWorker: false,
       ...this.look(),
