@@ -26,8 +26,8 @@ FLOOR = {
     **dict.fromkeys(("response", "page"), 4),
     **dict.fromkeys(("ingest", "train", "predict", "map", "studies", "doctor"), 5),
     **dict.fromkeys(("evaluation", "plan", "explain", "respond", "clones", "check", "gate"), 6),
-    **dict.fromkeys(("evaluate", "perturb", "report", "compare"), 7),
-    **dict.fromkeys(("demo", "app", "invocation"), 8),
+    **dict.fromkeys(("evaluate", "perturb", "report", "compare", "invocation"), 7),
+    **dict.fromkeys(("demo", "app", "groups"), 8),
     "cli": 9,
     "__main__": 10,
 }
