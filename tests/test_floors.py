@@ -23,7 +23,7 @@ FLOOR = {
     **dict.fromkeys(("section", "patient_config", "section_respond", "section_report", "section_compare", "config"), 1),
     **dict.fromkeys(("data", "labels"), 2),
     **dict.fromkeys(("model", "plots"), 3),
-    **dict.fromkeys(("response", "page"), 4),
+    **dict.fromkeys(("response", "page", "watch"), 4),
     **dict.fromkeys(("ingest", "train", "predict", "map", "studies", "doctor"), 5),
     **dict.fromkeys(("evaluation", "plan", "explain", "respond", "clones", "check", "gate"), 6),
     **dict.fromkeys(("evaluate", "perturb", "report", "compare", "invocation"), 7),
