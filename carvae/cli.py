@@ -175,6 +175,21 @@ def respond(
 
 
 @app.command()
+def perturb(
+    query: Query,
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder for states.csv, samples.csv, response.csv and perturb.png.")],
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+) -> None:
+    """Set genes or signatures up or down in a sample's cells, and see what the model then says: a hypothesis."""
+    settings = _start(quiet, None, _only(overrides, "perturb.", "predict.", "seed="))
+    from carvae.perturb import run
+
+    run(query, model, out, settings.perturb, settings.predict, settings.seed)
+
+
+@app.command()
 def evaluate(config: ConfigFile, overrides: Overrides = None, quiet: Quiet = False) -> None:
     """Hold out patients, studies or states; compare with the usual methods; write figures, tables and a model card."""
     settings = _start(quiet, config, overrides)

@@ -17,7 +17,7 @@ from carvae import __version__
 from carvae.config import Config, EvaluateConfig
 from carvae.data.atomic import alone, replacing_folder
 from carvae.errors import ConfigError, EvaluateError, nearest
-from carvae.evaluation import figures, response_report, runs
+from carvae.evaluation import figures, ledger, response_report, runs
 from carvae.evaluation.baselines import NO_CELLTYPIST
 from carvae.evaluation.card import write_card
 from carvae.evaluation.cells import Cells
@@ -43,6 +43,7 @@ def run(config: Config) -> Path:
         The studies cannot be read, or do not allow what is asked for; the output folder is untouched then.
     """
     check_place(config.output)
+    ledger.check(config.output)
     if RESPONSE in config.evaluate.designs:
         if len(config.evaluate.designs) > 1:
             raise EvaluateError("the design 'response' is evaluated alone; give it a config and an output of its own")
@@ -72,8 +73,11 @@ def _run(config: Config, methods: tuple[str, ...]) -> Path:
             plan = runs.Plan(config, cells, fingerprint, found, methods)
             runs.run(plan)
             metrics["designs"][design] = _figures(design, found, plan, allowed)
+    tried = ledger.record(config.output, *_entry(metrics))
+    metrics["settings_tried"] = tried.settings
     write(metrics, config)
     log.info("%s", summary(metrics))
+    log.info("%s", tried.sentence)
     log.info("wrote %s", config.output)
     return config.output
 
@@ -150,6 +154,16 @@ def _head(config: Config, cells: Cells, allowed: Identifiability, methods: tuple
         "identifiability": allowed.to_dict(),
         "designs": {},
     }
+
+
+def _entry(metrics: dict[str, Any]) -> tuple[str, str, dict[str, Any], dict[str, Any]]:
+    """For the log: data, designs, settings and the figures of carvae in each design."""
+    headline = {}
+    for design, found in metrics["designs"].items():
+        own = found["methods"].get(OWN, {})
+        headline[design] = {key: own[key]["value"] for key in ("accuracy", "macro_f1", "mean_auroc") if key in own}
+    settings = {key: metrics[key] for key in ("settings", "methods", "seeds")}
+    return metrics["data_fingerprint"], " ".join(metrics["designs"]), settings, headline
 
 
 def _figures(design: str, folds: Sequence[Fold], plan: runs.Plan, allowed: Identifiability) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def run(query: Path, model: Path, out: Path, predict: PredictConfig, seed: int =
             "config of `carvae train`"
         )
     sources = open_samples(query, counts=predict.counts)
-    obs = _obs(sources, predict.sample)
+    obs = cells_of(sources, predict.sample)
     described = described_query(bundle, sources, obs["sample"].to_numpy(str), predict, seed)
     table, states = predicted(bundle, described, obs)
     with replacing_file(out) as scratch:
@@ -72,7 +72,7 @@ def predicted(bundle: Bundle, described: Described, obs: pd.DataFrame) -> tuple[
     assert responder is not None
     assert bundle.tree is not None
     log.info("%s", sentence(responder.method, dict(responder.inner)))
-    asked = _asked(described, obs)
+    asked = asked_of(described, obs)
     score_R, refit_BR = responder.score(asked)
     rows = []
     for name in sorted(set(asked.patient_R)):
@@ -90,8 +90,8 @@ def predicted(bundle: Bundle, described: Described, obs: pd.DataFrame) -> tuple[
     return table, _states(responder.predictor, asked, model) if isinstance(responder.predictor, Head) else None
 
 
-def _obs(sources: Sequence[CountsSource], column: str | None) -> pd.DataFrame:
-    """Sample, patient and product of each cell; a patient with several outcomes is refused."""
+def cells_of(sources: Sequence[CountsSource], column: str | None) -> pd.DataFrame:
+    """Sample, patient and product of each cell; raises SchemaError where a patient has several outcomes."""
     parts = []
     for source in sources:
         sample_N, _ = query_samples(source.obs, source.name, column)
@@ -124,8 +124,8 @@ def _refuse_contradiction(obs: pd.DataFrame, name: str) -> None:
             )
 
 
-def _asked(described: Described, obs: pd.DataFrame) -> Patients:
-    """The samples that have cells, as the prediction reads them."""
+def asked_of(described: Described, obs: pd.DataFrame) -> Patients:
+    """The samples that have cells, as the prediction reads them; raises RespondError where none has."""
     kept = np.flatnonzero(described.table["n_cells"].to_numpy() > 0)
     if not kept.size:
         raise RespondError("no cell of the query has enough counts over the model's genes, so nothing can be predicted")

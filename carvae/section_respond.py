@@ -1,9 +1,9 @@
-"""The section of settings on outcomes of patients; the other sections stand in `carvae.config`."""
+"""Settings on outcomes of patients, and on what changes of genes would do; other sections: `carvae.config`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -50,3 +50,22 @@ class RespondConfig(Section):
     """Times that patients are dealt anew into groups."""
     permutations: int = Field(200, ge=0)
     """Shuffles of the outcome within study, each through the whole pipeline again."""
+
+
+class PerturbConfig(Section):
+    """Genes set up or down in the cells of a query, and what the model then says."""
+
+    up: tuple[str, ...] = ()
+    """Signatures or genes that are set up, each by itself; ``TOX+PDCD1`` are set at once. With neither ``up`` nor
+    ``down``: every signature of the model, both ways."""
+    down: tuple[str, ...] = ()
+    """Signatures or genes that are set to zero, likewise."""
+    level: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """A gene that goes up is set to this quantile of the query's cells that have it (counts per ten thousand)."""
+    where: dict[str, str] = Field(default_factory=dict)
+    """Only cells with these values in the query's columns, for example ``timepoint: product``."""
+    max_cells: int = Field(2000, ge=1)
+    """Cells taken of the query, evenly over its samples; bounds memory and time."""
+    controls: int = Field(19, ge=0)
+    """Draws of random genes of like expression that are set alike: beyond all of 19 is as rare as 1 in 10 by chance
+    (each side 1 in 20)."""

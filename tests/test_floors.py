@@ -26,7 +26,7 @@ FLOOR = {
     **dict.fromkeys(("response", "page"), 4),
     **dict.fromkeys(("ingest", "train", "predict", "map", "studies", "doctor"), 5),
     **dict.fromkeys(("evaluation", "plan", "explain", "respond", "clones"), 6),
-    **dict.fromkeys(("evaluate", "report"), 7),
+    **dict.fromkeys(("evaluate", "perturb", "report"), 7),
     **dict.fromkeys(("demo", "web"), 8),
     "app": 9,
     "cli": 10,

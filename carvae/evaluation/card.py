@@ -35,6 +35,7 @@ def write_card(metrics: dict[str, Any], figures: dict[str, str]) -> str:
         f"Written by `carvae evaluate` of carvae {metrics['carvae_version']}, seeds "
         f"{', '.join(map(str, metrics['seeds']))}, data `{metrics['data_fingerprint'][:16]}`.",
         "It describes the recipe: models of it were trained without the cells that they are scored on.",
+        settings_tried(metrics),
         "",
         "## Intended use",
         "",
@@ -53,6 +54,12 @@ def write_card(metrics: dict[str, Any], figures: dict[str, str]) -> str:
     if figures:
         lines += ["## Figures", "", *[f"![{shows}]({file})" for file, shows in figures.items()], ""]
     return "\n".join(lines)
+
+
+def settings_tried(metrics: dict[str, Any]) -> str:
+    """How many settings the figures may have been chosen from."""
+    n = metrics["settings_tried"]
+    return f"Settings evaluated on these data so far, by the log beside the evaluation: {n}."
 
 
 def _data(metrics: dict[str, Any]) -> list[str]:

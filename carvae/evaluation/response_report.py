@@ -18,6 +18,8 @@ from carvae.config import Config
 from carvae.data.atomic import replacing_folder
 from carvae.data.patients import Patients, read_patients
 from carvae.errors import EvaluateError, LeakSuspected, nearest
+from carvae.evaluation import ledger
+from carvae.evaluation.card import settings_tried
 from carvae.evaluation.response import INCONCLUSIVE, SCORE, Run, evaluate
 from carvae.model.response import HeadSettings
 from carvae.response.choice import CHOSEN
@@ -43,15 +45,19 @@ def run(config: Config) -> Path:
     log.info("%s", sentence_of(patients))
     if patients.set_aside:
         log.warning("set aside, as by their names known after the outcome only: %s", ", ".join(patients.set_aside))
-    metrics = evaluate(Run(patients, methods, config.respond, config.seed))
-    metrics = {"carvae_version": __version__, "seed": config.seed} | metrics
+    found = evaluate(Run(patients, methods, config.respond, config.seed))
+    metrics: dict[str, Any] = {"carvae_version": __version__, "seed": config.seed, **found}
     metrics["settings"] = config.respond.model_dump(mode="json")
+    chosen = {"respond": metrics["settings"], "seed": config.seed}
+    tried = ledger.record(config.output, fingerprint(patients), "response", chosen, metrics["headline"]["auroc"])
+    metrics["settings_tried"] = tried.settings
     check_leaks(metrics)
     with replacing_folder(config.output) as scratch:
         drawn = draw(metrics, scratch)
         (scratch / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False), encoding="utf-8")
         table_of(metrics).to_csv(scratch / "table.csv", index=False)
         (scratch / "card.md").write_text(card_of(metrics, drawn), encoding="utf-8")
+    log.info("%s", tried.sentence)
     log.info("%s\n%s", table_of(metrics).round(3).to_string(index=False, na_rep="-"), summary(metrics))
     log.info("wrote %s", config.output)
     return config.output
@@ -68,6 +74,12 @@ def patients_of(config: Config) -> Patients:
     from carvae.response.cells import patients_of_studies
 
     return patients_of_studies(config)
+
+
+def fingerprint(patients: Patients) -> str:
+    """Of who was asked about what, whatever predicts it."""
+    rows = zip(patients.sample_R, patients.patient_R, patients.outcome_R, strict=True)
+    return ledger.digest(sorted([str(value) for value in row] for row in rows))
 
 
 def wanted(methods: list[Method], names: tuple[str, ...]) -> tuple[Method, ...]:
@@ -174,7 +186,8 @@ def summary(metrics: dict[str, Any]) -> str:
 
 def card_of(metrics: dict[str, Any], drawn: dict[str, str]) -> str:
     """The model card's page on outcomes."""
-    lines = ["# Prediction of outcomes", "", summary(metrics).replace("\n", "  \n"), "", "For research only.", ""]
+    lines = ["# Prediction of outcomes", "", summary(metrics).replace("\n", "  \n"), "", "For research only."]
+    lines += [settings_tried(metrics), ""]
     lines += ["| | |", "|---|---|"]
     lines += [f"| {word} | {n} patients |" for word, n in metrics["classes"].items()]
     lines += [f"| study {study} | {n} patients |" for study, n in metrics["studies"].items()]

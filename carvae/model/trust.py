@@ -58,14 +58,23 @@ class Trust:
     def judge(self, network: Network, counts: sp.csr_matrix, present_G: NDArray[np.bool_]) -> Judged:
         """Embed, label and judge cells from their counts over the panel, [N, G]."""
         observed = observe(network, counts, present_G)
-        counts_N = np.asarray(counts.sum(axis=1)).ravel()
-        bin_N = self.bins.of(counts_N, float(present_G.mean()))
+        bin_N = self._bins_of(counts, present_G)
         view_NT = views(observed, self.reference, counts, present_G)
-        probability = {
-            axis: self.calibration[axis].probability(log_NS, bin_N) if axis in self.calibration else np.exp(log_NS)
-            for axis, log_NS in observed.log_probability.items()
-        }
+        probability = self._calibrated(observed.log_probability, bin_N)
         return Judged(observed.latent_NK, probability, self.scale.novelty(view_NT, bin_N), bin_N)
+
+    def probability(self, network: Network, counts: sp.csr_matrix, present_G: NDArray[np.bool_]) -> dict[str, Floats]:
+        """The calibrated probabilities of `judge` alone, which cost less."""
+        return self._calibrated(observe(network, counts, present_G).log_probability, self._bins_of(counts, present_G))
+
+    def _bins_of(self, counts: sp.csr_matrix, present_G: NDArray[np.bool_]) -> NDArray[np.int64]:
+        return self.bins.of(np.asarray(counts.sum(axis=1)).ravel(), float(present_G.mean()))
+
+    def _calibrated(self, log_probability: Mapping[str, Floats], bin_N: NDArray[np.int64]) -> dict[str, Floats]:
+        return {
+            axis: self.calibration[axis].probability(log_NS, bin_N) if axis in self.calibration else np.exp(log_NS)
+            for axis, log_NS in log_probability.items()
+        }
 
     def unknown(self, judged: Judged) -> NDArray[np.bool_]:
         """Which cells are stranger than the stated share of held-out ones."""
