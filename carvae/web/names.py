@@ -65,9 +65,9 @@ def refuse_kind(name: str) -> None:
     if ending(name, (*DATA, ARCHIVE)):
         return
     last = name.replace("\\", "/").rpartition("/")[2][:MAX_NAME]
-    for ends, remedy in REMEDIES.items():
-        if ending(last, ends):
-            raise ReadError(f"{last} is {remedy}")
+    remedies = {end: remedy for ends, remedy in REMEDIES.items() for end in ends}
+    if end := ending(last, tuple(remedies)):
+        raise ReadError(f"{last} is {remedies[end]}")
     raise ReadError(f"{last} is not a kind of file that carvae reads; give {TAKEN}")
 
 
