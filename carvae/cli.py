@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +12,19 @@ import typer
 from carvae import __version__
 from carvae.config import Config
 from carvae.errors import CarvaeError, ConfigError
+from carvae.invocation import (
+    AsJson,
+    Clones,
+    ConfigFile,
+    Job,
+    Model,
+    Overrides,
+    Query,
+    Quiet,
+    only,
+    start,
+    verb_of_queries,
+)
 
 app = typer.Typer(
     name="carvae",
@@ -37,19 +49,7 @@ StudyName = Annotated[
     str,
     typer.Argument(metavar="STUDY", help="Name in the catalogue, or accession.", autocompletion=_studies_from),
 ]
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, see configs/reference.yaml.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="Settings to change.")]
-Query = Annotated[Path, typer.Argument(help=".h5ad, zarr, 10x .h5, 10x mtx folder, or a folder of those.")]
-Model = Annotated[Path, typer.Option(help="Model bundle: the output folder of `carvae train`.")]
-Out = Annotated[Path, typer.Option(help="Result: .h5ad, .zarr, .csv or .csv.gz.")]
-Clones = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE_OR_FOLDER",
-        help="T-cell receptors: 10x filtered_contig_annotations.csv, AIRR .tsv, .h5ad of scirpy, or a folder of those.",
-    ),
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.")]
+Out = Annotated[Path, typer.Option(help="Result: .h5ad, .zarr, .csv or .csv.gz; - prints a table.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -62,7 +62,7 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 @app.command()
 def ingest(config: ConfigFile, overrides: Overrides = None, quiet: Quiet = False) -> None:
     """Read, check and harmonise many studies into one store."""
-    settings = _start(quiet, config, overrides)
+    settings = start(quiet, config, overrides)
     from carvae.ingest import run
 
     run(settings)
@@ -71,46 +71,114 @@ def ingest(config: ConfigFile, overrides: Overrides = None, quiet: Quiet = False
 @app.command()
 def train(config: ConfigFile, overrides: Overrides = None, quiet: Quiet = False) -> None:
     """Train a model over many studies and write its bundle."""
-    settings = _start(quiet, config, overrides)
+    settings = start(quiet, config, overrides)
     from carvae.train import run
 
     run(settings)
 
 
 @app.command()
-def embed(query: Query, model: Model, out: Out, overrides: Overrides = None, quiet: Quiet = False) -> None:
+@verb_of_queries("predict.", prints=True)
+def embed(settings: Config, query: Query, model: Model, out: Out) -> Job:
     """Write the latent coordinates of every cell of a new sample."""
-    settings = _start(quiet, None, _only(overrides, "predict."))
-    from carvae.predict import run
+    from carvae import predict
 
-    run(query, model, out, settings.predict, label=False)
+    return Job(
+        lambda: predict.run(query, model, out, settings.predict, label=False),
+        lambda bundle: predict.refuse(bundle, query, out, settings.predict, label=False),
+        label=False,
+    )
 
 
 @app.command()
-def annotate(
-    query: Query, model: Model, out: Out, overrides: Overrides = None, clones: Clones = None, quiet: Quiet = False
-) -> None:
+@verb_of_queries("predict.", "clones.", "seed=", prints=True)
+def annotate(settings: Config, query: Query, model: Model, out: Out, clones: Clones = None) -> Job:
     """Label every cell of a new sample: state, confidence, signatures, clones, CAR; and a table of samples."""
-    settings = _start(quiet, None, _only(overrides, "predict.", "clones.", "seed="))
+    from carvae import predict
     from carvae.model.cell_clones import Asked
-    from carvae.predict import run
 
-    run(query, model, out, settings.predict, label=True, asked=Asked(clones, settings.clones, settings.seed))
+    asked = Asked(clones, settings.clones, settings.seed)
+    return Job(
+        lambda: predict.run(query, model, out, settings.predict, label=True, asked=asked),
+        lambda bundle: predict.refuse(bundle, query, out, settings.predict, label=True),
+        asked=asked,
+        written=lambda out: predict.written(out, label=True),
+        rows=".samples.csv",
+    )
 
 
 @app.command()
+@verb_of_queries("plan.", "predict.", "seed=")
 def plan(
+    settings: Config,
     query: Query,
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder for plan.csv and plan.png.")],
-    overrides: Overrides = None,
-    quiet: Quiet = False,
-) -> None:
+) -> Job:
     """Find the fewest cells and counts per cell that keep the answer, by thinning the data of a sample at hand."""
-    settings = _start(quiet, None, _only(overrides, "plan.", "predict.", "seed="))
-    from carvae.plan import run
+    from carvae import plan
 
-    run(query, model, out, settings.plan, settings.predict, settings.seed)
+    return Job(
+        lambda: plan.run(query, model, out, settings.plan, settings.predict, settings.seed),
+        lambda bundle: plan.refuse(bundle, out),
+        rows=plan.TABLE,
+    )
+
+
+@app.command("map")
+@verb_of_queries("map.", "predict.", "seed=")
+def map_(
+    settings: Config,
+    query: Query,
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder for the model with the new rows.")],
+) -> Job:
+    """Give a new sample's batches rows in the decoder, trained alone; embedding and states stay as they are."""
+    from carvae import map as mapping
+
+    return Job(
+        lambda: mapping.run(query, model, out, settings.map, settings.predict, settings.seed),
+        lambda bundle: mapping.refuse(bundle, model, out),
+        label=False,
+        written=lambda out: [out, mapping.samples_path(out)],
+        rows=".samples.csv",
+    )
+
+
+@app.command()
+@verb_of_queries("explain.", "predict.", "seed=")
+def explain(
+    settings: Config,
+    query: Query,
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder for genes.csv, cells.csv, markers.csv and markers.png.")],
+) -> Job:
+    """Say which genes speak for the states that a sample's cells are called, and show marker genes by state."""
+    from carvae import explain
+
+    return Job(
+        lambda: explain.run(query, model, out, settings.explain, settings.predict, settings.seed),
+        lambda bundle: explain.refuse(bundle, out),
+        rows=explain.GENES,
+    )
+
+
+@app.command()
+@verb_of_queries("predict.", "seed=", prints=True)
+def respond(
+    settings: Config,
+    query: Query,
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Table of patients: .csv or .csv.gz; - prints it.")],
+) -> Job:
+    """Predict the outcome of every patient, with an interval, by a model that was trained with outcomes."""
+    from carvae import respond
+
+    return Job(
+        lambda: respond.run(query, model, out, settings.predict, settings.seed),
+        lambda bundle: respond.refuse(bundle, out),
+        rows=".csv",
+    )
 
 
 @app.command()
@@ -123,55 +191,39 @@ def clones(
     quiet: Quiet = False,
 ) -> None:
     """Follow clones over a patient's time points: which stay, grow or come, and from which state to which they go."""
-    settings = _start(quiet, None, _only(overrides, "clones.", "seed="))
+    settings = start(quiet, None, only(overrides, "clones.", "seed="))
     from carvae.clones import run
 
     run(table, out, settings.clones, settings.seed)
 
 
-@app.command("map")
-def map_(
-    query: Query,
-    model: Model,
-    out: Annotated[Path, typer.Option(help="Folder for the model with the new rows.")],
-    overrides: Overrides = None,
-    quiet: Quiet = False,
-) -> None:
-    """Give a new sample's batches rows in the decoder, trained alone; embedding and states stay as they are."""
-    settings = _start(quiet, None, _only(overrides, "map.", "predict.", "seed="))
-    from carvae.map import run
-
-    run(query, model, out, settings.map, settings.predict, settings.seed)
-
-
 @app.command()
-def explain(
-    query: Query,
-    model: Model,
-    out: Annotated[Path, typer.Option(help="Folder for genes.csv, cells.csv, markers.csv and markers.png.")],
+def check(
+    what: Annotated[
+        Path, typer.Argument(metavar="QUERY|CONFIG", help="What `carvae annotate` or `carvae train` would read.")
+    ],
     overrides: Overrides = None,
-    quiet: Quiet = False,
+    model: Annotated[Path | None, typer.Option(help="Model bundle that a query is to be labelled by.")] = None,
+    clones: Clones = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Say which genes speak for the states that a sample's cells are called, and show marker genes by state."""
-    settings = _start(quiet, None, _only(overrides, "explain.", "predict.", "seed="))
-    from carvae.explain import run
+    """Say what would happen with a query or a config, without doing it; the exit code is 1 where it is refused."""
+    is_config = what.suffix in {".yaml", ".yml"}
+    if is_config and model is not None:
+        raise ConfigError("--model is for a query; a config makes its own model")
+    reads = () if is_config else ("predict.", "clones.", "seed=")
+    settings = start(True, what if is_config else None, overrides if is_config else only(overrides, *reads))
+    from carvae.check import of_config, of_query
+    from carvae.model.cell_clones import Asked
+    from carvae.model.machine import load_on
 
-    run(query, model, out, settings.explain, settings.predict, settings.seed)
-
-
-@app.command()
-def respond(
-    query: Query,
-    model: Model,
-    out: Annotated[Path, typer.Option(help="Table of patients: .csv or .csv.gz.")],
-    overrides: Overrides = None,
-    quiet: Quiet = False,
-) -> None:
-    """Predict the outcome of every patient, with an interval, by a model that was trained with outcomes."""
-    settings = _start(quiet, None, _only(overrides, "predict.", "seed="))
-    from carvae.respond import run
-
-    run(query, model, out, settings.predict, settings.seed)
+    if is_config:
+        checked = of_config(settings)
+    else:
+        bundle = None if model is None else load_on(model, settings.predict)
+        label = bundle is not None and bundle.tree is not None
+        checked = of_query(what, settings, bundle, Asked(clones, settings.clones, settings.seed), label=label)
+    print(json.dumps(checked.to_dict()) if as_json else checked.text())
 
 
 @app.command()
@@ -192,14 +244,14 @@ def perturb(
 @app.command()
 def evaluate(config: ConfigFile, overrides: Overrides = None, quiet: Quiet = False) -> None:
     """Hold out patients, studies or states; compare with the usual methods; write figures, tables and a model card."""
-    settings = _start(quiet, config, overrides)
+    settings = start(quiet, config, overrides)
     from carvae.evaluate import run
 
     run(settings)
 
 
 @app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="As one line of JSON.")] = False) -> None:
+def doctor(as_json: AsJson = False) -> None:
     """Say what this machine has: Python, libraries, GPU, threads, caches."""
     from carvae.doctor import examine, report
 
@@ -228,7 +280,7 @@ def fetch(
     study: StudyName, out: Annotated[Path, typer.Option(help="Folder for the files.")], quiet: Quiet = False
 ) -> None:
     """Download a study's open files; a download that was cut off goes on."""
-    _start(quiet)
+    start(quiet)
     from carvae.studies import fetch as download
 
     for fetched in download(study, out):
@@ -259,7 +311,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo"), quiet: Quiet = False
 ) -> None:
     """Simulate four studies, train on three, label the fourth, and show the result: the whole job in minutes."""
-    _start(quiet)
+    start(quiet)
     from carvae.demo import run
 
     print(run(out))
@@ -273,23 +325,6 @@ def main() -> None:
         _fail(str(error))
     except OSError as error:
         _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
-
-
-def _only(overrides: list[str] | None, *known: str) -> list[str]:
-    """The overrides, all of which a verb reads."""
-    if idle := [override for override in overrides or [] if not override.startswith(known)]:
-        read = " and ".join(f"{name.rstrip('=')}*" if name.endswith(".") else name.rstrip("=") for name in known)
-        raise ConfigError(f"{', '.join(map(repr, idle))} changes nothing here; this verb reads {read} alone")
-    return overrides or []
-
-
-def _start(quiet: bool, config: Path | None = None, overrides: list[str] | None = None) -> Config:
-    """Set up messages and return the settings."""
-    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
-    logging.getLogger("carvae").setLevel(logging.WARNING if quiet else logging.INFO)
-    if config is None:
-        return Config.parse_overrides(overrides or [])
-    return Config.read(config, overrides or [])
 
 
 def _fail(message: str) -> None:

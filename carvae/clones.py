@@ -16,7 +16,9 @@ from anndata.io import read_elem
 from carvae.data.atomic import replacing_file
 from carvae.data.clonotypes import own_clones
 from carvae.data.diversity import clonal_figures
+from carvae.data.results import cells_path
 from carvae.data.schema import inspect_obs, named_column, raise_problems
+from carvae.data.spreadsheet import write_table
 from carvae.data.timepoints import in_order
 from carvae.data.tracking import ClonalCells, changes, flow, persistence, sharing, tracked, transitions
 from carvae.errors import ConfigError, ReadError, SchemaError
@@ -84,7 +86,7 @@ def run(source: Path, out: Path, config: ClonesConfig, seed: int = 0) -> Path:
     with ExitStack() as stack:
         places = {name: stack.enter_context(replacing_file(out / name)) for name in TABLES}
         for name, table in zip(TABLES, tables, strict=True):
-            table.to_csv(places[name], index=False, float_format="%.6g")
+            write_table(table, places[name], float_format="%.6g")
         if followed:
             picture = draw_tracking(found, followed, config.top)
             picture.savefig(stack.enter_context(replacing_file(out / PLOTS[0])), dpi=DPI)
@@ -109,7 +111,8 @@ def read_obs(source: Path) -> pd.DataFrame:
         raise ReadError(f"{source} does not exist")
     if source.is_dir() and source.suffix != ".zarr":
         files = sorted(path for path in source.iterdir() if path.name.removesuffix(".gz").endswith(CELLS))
-        files = [path for path in files if not path.name.endswith(".samples.csv")]
+        twice = {cells_path(path) for path in files if path.suffix in {".h5ad", ".zarr"}}
+        files = [path for path in files if path not in twice and not path.name.endswith(".samples.csv")]
         if not files:
             raise ReadError(f"{source} holds no {', '.join(CELLS)}")
         return pd.concat([_read_file(path) for path in files], ignore_index=True)

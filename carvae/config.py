@@ -205,6 +205,10 @@ class PredictConfig(Section):
     sheet: Path | None = None
     """CSV with one row per sample of the query (column ``sample``) and what is known of it: patient, timepoint, tissue,
     product ... Where clones are told within the patient and the query does not say who that is, as 10x does not."""
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    """Where the network is: ``cpu``, ``cuda`` or ``cuda:1``; ``auto`` takes CUDA when present."""
+    threads: int = Field(0, ge=0)
+    """CPU threads; 0 leaves the libraries' own choice."""
     root: str | None = None
     """A state at the memory-like end, or ``auto`` for the cells of the highest ``memory_stem`` score: every cell then
     gets its place in the order from there (``carvae_pseudotime``). For this, cells stay in memory."""

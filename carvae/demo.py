@@ -45,6 +45,8 @@ QUERY = "sim_myeloma"
 N_CELLS = 1000
 """Cells per study."""
 SEED = 0
+ENDINGS = ("h5ad", "cells.csv.gz", "samples.csv")
+"""What `carvae annotate` writes."""
 REST = "other studies"
 SCORE = "carvae_score_"
 INTRODUCTION = (
@@ -295,11 +297,12 @@ def _write_page(out: Path, query: Labelled, figures: Sequence[Figure], seconds: 
                 "the model bundle: weights, settings, model card; this is what one shares",
                 "store, checkpoints, logs and resolved settings; never shared",
                 "the new study with its results",
+                "one row per cell, for R and Excel",
                 "one row per sample: states, signatures, marker-positive fractions",
             ]
         },
         index=pd.Index(
-            ["studies/", "model/", "model.work/", f"{QUERY}_annotated.h5ad", f"{QUERY}_annotated.samples.csv"],
+            ["studies/", "model/", "model.work/", *(f"{QUERY}_annotated.{end}" for end in ENDINGS)],
             name="File",
         ),
     )

@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 from carvae.config import ExplainConfig, PredictConfig, label_file
 from carvae.data.atomic import replacing_file
 from carvae.data.readers import CountsSource, open_samples
+from carvae.data.spreadsheet import write_table
 from carvae.errors import BundleError, ConfigError, CountsError, SchemaError
 from carvae.labels.axis import RESERVED
 from carvae.labels.signatures import Signatures
 from carvae.model.attribution import Attribution, Baseline, attribute, baseline, normalised
-from carvae.model.bundle import Bundle, load
+from carvae.model.bundle import Bundle
+from carvae.model.machine import load_on
 from carvae.model.query import UNKNOWN, Calls, Query, Samples, calls, read
 
 log = logging.getLogger(__name__)
@@ -73,11 +75,9 @@ def run(query: Path, model: Path, out: Path, config: ExplainConfig, predict: Pre
     CarvaeError
         The query, the model or a setting cannot be used; nothing is written then.
     """
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {str(out)!r} is a file; explain writes tables and a picture into a folder")
-    bundle = load(model)
-    if bundle.tree is None:
-        raise BundleError("this model was trained without labels, so there are no calls to explain")
+    bundle = load_on(model, predict)
+    refuse(bundle, out)
+    assert bundle.tree is not None
     panels = Signatures.read(label_file(config.markers)).items
     cells = _read(query, bundle, config, predict, tuple(dict.fromkeys(g for p in panels for g in p.genes)), seed)
     said = calls(cells.query.panel, bundle, predict, cells.query.present_G)
@@ -87,14 +87,22 @@ def run(query: Path, model: Path, out: Path, config: ExplainConfig, predict: Pre
     with ExitStack() as stack:
         names = [GENES, *([CELLS] if config.barcodes else []), MARKERS, MISSING, PLOT]
         place = {name: stack.enter_context(replacing_file(out / name)) for name in names}
-        states.to_csv(place[GENES], index=False)
+        write_table(states, place[GENES])
         if config.barcodes:
-            singles.to_csv(place[CELLS], index=False)
-        table.to_csv(place[MARKERS], index=False)
-        _missing(bundle, cells).to_csv(place[MISSING], index=False)
+            write_table(singles, place[CELLS])
+        write_table(table, place[MARKERS])
+        write_table(_missing(bundle, cells), place[MISSING])
         draw(table, [(p.name, p.genes) for p in panels], place[PLOT])
     log.info("wrote %s to %s", ", ".join(names), out)
     return out
+
+
+def refuse(bundle: Bundle, out: Path) -> None:
+    """Raise what `run` would raise before it looks at the query."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {str(out)!r} is a file; explain writes tables and a picture into a folder")
+    if bundle.tree is None:
+        raise BundleError("this model was trained without labels, so there are no calls to explain")
 
 
 def _read(

@@ -26,8 +26,10 @@ from carvae.config import MapConfig, PredictConfig
 from carvae.data.atomic import replacing_file
 from carvae.data.readers import CountsSource, open_samples
 from carvae.data.schema import inspect_obs, raise_problems
+from carvae.data.spreadsheet import write_table
 from carvae.errors import BundleError, ConfigError, CountsError
-from carvae.model.bundle import Bundle, check_place, load
+from carvae.model.bundle import Bundle, check_place
+from carvae.model.machine import load_on
 from carvae.model.mapping import Cells, RowFit
 from carvae.model.query import Query, Samples, order_within, read
 
@@ -79,17 +81,34 @@ def run(query: Path, model: Path, out: Path, config: MapConfig, predict: Predict
     CarvaeError
         The query, the model or a setting cannot be used; nothing is written then.
     """
+    bundle = load_on(model, predict)
+    refuse(bundle, model, out)
+    mapped = _mapped(query, bundle, config, predict, seed)
+    with replacing_file(samples_path(out)) as table:
+        write_table(mapped.samples, table)
+        mapped.bundle.save(out)
+    log.info("wrote %s and %s", out, samples_path(out))
+    return out
+
+
+def samples_path(out: Path) -> Path:
+    """Where the table of samples lies: ``new`` -> ``new.samples.csv``."""
+    return out.with_name(f"{out.name}.samples.csv")
+
+
+def refuse(bundle: Bundle, model: Path, out: Path) -> None:
+    """Raise what `run` would raise before it looks at the query."""
     check_place(out)
     if model.resolve() in (out.resolve(), *out.resolve().parents):
         raise BundleError(
             f"--out {str(out)!r} is the model itself or lies in it; choose another folder, and the model stays as it is"
         )
-    mapped = _mapped(query, load(model), config, predict, seed)
-    with replacing_file(out.with_name(f"{out.name}.samples.csv")) as table:
-        mapped.samples.to_csv(table, index=False)
-        mapped.bundle.save(out)
-    log.info("wrote %s and %s.samples.csv", out, out)
-    return out
+    _refuse_model(bundle)
+
+
+def _refuse_model(bundle: Bundle) -> None:
+    if not bundle.n_categories:
+        raise BundleError("this model corrects for no covariate, so there are no rows to add; use it as it is")
 
 
 def map_query(
@@ -106,13 +125,13 @@ def map_query(
     CarvaeError
         As `run`.
     """
-    bundle = model if isinstance(model, Bundle) else load(model)
-    return _mapped(adata, bundle, config or MapConfig(), predict or PredictConfig(), seed)
+    predict = predict or PredictConfig()
+    bundle = model if isinstance(model, Bundle) else load_on(model, predict)
+    return _mapped(adata, bundle, config or MapConfig(), predict, seed)
 
 
 def _mapped(query: Path | AnnData, bundle: Bundle, config: MapConfig, predict: PredictConfig, seed: int) -> Mapped:
-    if not bundle.n_categories:
-        raise BundleError("this model corrects for no covariate, so there are no rows to add; use it as it is")
+    _refuse_model(bundle)
     sources = open_samples(query, counts=predict.counts)
     batches = _batches(query, sources, bundle, config, predict)
     samples = Samples.of(sources, config.obs.get("sample", predict.sample))

@@ -22,8 +22,10 @@ from numpy.typing import NDArray
 from carvae.config import PlanConfig, PredictConfig
 from carvae.data.atomic import replacing_file
 from carvae.data.readers import open_samples
+from carvae.data.spreadsheet import write_table
 from carvae.errors import BundleError, ConfigError, CountsError
-from carvae.model.bundle import load
+from carvae.model.bundle import Bundle
+from carvae.model.machine import load_on
 from carvae.model.query import UNKNOWN, Calls, Query, Samples, calls, order_within, read
 
 log = logging.getLogger(__name__)
@@ -40,11 +42,8 @@ def run(query: Path, model: Path, out: Path, config: PlanConfig, predict: Predic
     CarvaeError
         The query, the model or a setting cannot be used; nothing is written then.
     """
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {str(out)!r} is a file; plan writes {TABLE} and {PLOT} into a folder")
-    bundle = load(model)
-    if bundle.tree is None:
-        raise BundleError("this model was trained without labels, so there is no composition to plan for")
+    bundle = load_on(model, predict)
+    refuse(bundle, out)
     rng = np.random.default_rng(seed)
     sources = open_samples(query, counts=predict.counts)
     samples = Samples.of(sources, predict.sample)
@@ -55,11 +54,19 @@ def run(query: Path, model: Path, out: Path, config: PlanConfig, predict: Predic
     out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         places = [stack.enter_context(replacing_file(out / name)) for name in (TABLE, PLOT)]
-        table.assign(cheapest=table.index == chosen).to_csv(places[0], index=False)
+        write_table(table.assign(cheapest=table.index == chosen), places[0])
         draw(table, chosen, config, places[1])
     log.info("%s", sentence(table, chosen, config))
     log.info("wrote %s and %s", out / TABLE, out / PLOT)
     return out
+
+
+def refuse(bundle: Bundle, out: Path) -> None:
+    """Raise what `run` would raise before it looks at the query."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {str(out)!r} is a file; plan writes {TABLE} and {PLOT} into a folder")
+    if bundle.tree is None:
+        raise BundleError("this model was trained without labels, so there is no composition to plan for")
 
 
 def designs(

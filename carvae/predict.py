@@ -6,48 +6,35 @@ every file is read once, and what is kept of a cell is some bytes.
 
 from __future__ import annotations
 
-import json
 import logging
-import secrets
-from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from carvae import __version__
 from carvae.config import PredictConfig
 from carvae.data.atomic import replacing_file
-from carvae.data.genes import GeneReceipt
-from carvae.data.readers import CountsSource, open_samples, open_source, refuse_shared
 from carvae.data.results import (
     CellResults,
     add_results,
+    cells_path,
     check_output,
-    earlier_columns,
     samples_path,
     writing_results,
 )
+from carvae.data.spreadsheet import write_table
 from carvae.errors import BundleError, ConfigError, CountsError
-from carvae.model.about import about_cells, check_features
-from carvae.model.ahead import Behind, ahead, on_dask
-from carvae.model.bundle import Bundle, load
-from carvae.model.cell_clones import Asked, check_given, clones_of, late_columns
-from carvae.model.labeller import Labelled, Labeller
-from carvae.model.late import Late, LateResults, Sorting, check_root
-from carvae.model.sample_table import SampleTable, Verdicts
+from carvae.model.ahead import Behind
+from carvae.model.bundle import Bundle
+from carvae.model.cell_clones import Asked, check_given
+from carvae.model.machine import load_on
+from carvae.model.query_pass import Pass
 from carvae.model.verdict import IN_RANGE
 from carvae.patient_config import ClonesConfig
 
 log = logging.getLogger(__name__)
-
-CHUNKS_PER_TASK = 8
-"""Chunks that a Dask worker labels at a time."""
 
 
 def annotate(
@@ -103,8 +90,8 @@ def run(query: Path, model: Path, out: Path, config: PredictConfig, *, label: bo
     query
         .h5ad, zarr, 10x .h5, 10x mtx folder, or a folder of those.
     out
-        ``.h5ad`` or ``.zarr`` for an AnnData, ``.csv`` or ``.csv.gz`` for a table of cells. With ``label`` a table of
-        samples, ``<out>.samples.csv``, is written beside it.
+        ``.h5ad`` or ``.zarr`` for an AnnData, ``.csv`` or ``.csv.gz`` for a table of cells. With ``label`` tables of
+        samples, ``<out>.samples.csv``, and of cells, ``<out>.cells.csv.gz``, are written beside it.
     asked
         Where clones are, and what makes one.
 
@@ -113,35 +100,48 @@ def run(query: Path, model: Path, out: Path, config: PredictConfig, *, label: bo
     CarvaeError
         The query or the model cannot be used; nothing is written then.
     """
-    check_output(query, out)
-    bundle, asked = _labelling(load(model), config, label), asked or Asked()
+    check_output(query, out)  # a name is looked at before a model is read
+    bundle, asked = load_on(model, config), asked or Asked()
+    refuse(bundle, query, out, config, label=label)
     try:
-        _write(_Pass(query, bundle, config, label=label, whole=False, asked=asked), model, out)
+        _write(Pass(query, bundle, config, label=label, whole=False, asked=asked), model, out)
     except CountsError:  # not where the first cells pointed to: all places are looked through
-        _write(_Pass(query, bundle, config, label=label, whole=True, asked=asked), model, out)
-    log.info("wrote %s%s", out, f" and {samples_path(out)}" if label else "")
+        _write(Pass(query, bundle, config, label=label, whole=True, asked=asked), model, out)
+    log.info("wrote %s", ", ".join(map(str, written(out, label=label))))
     return out
+
+
+def written(out: Path, *, label: bool) -> list[Path]:
+    """The files of a result, ``out`` itself first."""
+    return [path for path in (out, *((cells_path(out), samples_path(out)) if label else ())) if path is not None]
 
 
 def _in_memory(
     adata: AnnData, model: Bundle | Path | str, config: PredictConfig | None, *, label: bool, asked: Asked
 ) -> AnnData:
     config = config or PredictConfig()
-    bundle = _labelling(model if isinstance(model, Bundle) else load(model), config, label)
+    bundle = model if isinstance(model, Bundle) else load_on(model, config)
+    _refuse_model(bundle, config, label)
     if config.dask is not None:
         raise ConfigError(
             "predict.dask works on files, not on an AnnData in memory; leave it out, or write the AnnData"
         )
     try:
-        results, late, uns = _results(_Pass(adata, bundle, config, label=label, whole=False, asked=asked))
+        results, late, uns = _results(Pass(adata, bundle, config, label=label, whole=False, asked=asked))
     except CountsError:
-        results, late, uns = _results(_Pass(adata, bundle, config, label=label, whole=True, asked=asked))
+        results, late, uns = _results(Pass(adata, bundle, config, label=label, whole=True, asked=asked))
     result = adata.to_memory() if adata.isbacked else adata.copy()
     add_results(result, results, late, uns)
     return result
 
 
-def _labelling(bundle: Bundle, config: PredictConfig, label: bool) -> Bundle:
+def refuse(bundle: Bundle, query: Path, out: Path, config: PredictConfig, *, label: bool) -> None:
+    """Raise what `run` would raise before it looks at the query's cells."""
+    check_output(query, out)
+    _refuse_model(bundle, config, label)
+
+
+def _refuse_model(bundle: Bundle, config: PredictConfig, label: bool) -> None:
     if label and bundle.tree is None:
         raise BundleError("this model was trained without labels; use `carvae embed`, or train with labels")
     if label and config.coverage is not None and bundle.trust is None:
@@ -149,10 +149,9 @@ def _labelling(bundle: Bundle, config: PredictConfig, label: bool) -> Bundle:
             "predict.coverage asks for sets of states, and this model was trained without patients held out to learn "
             "them on; leave it out, or train with train.calibration_folds"
         )
-    return bundle
 
 
-def _results(work: _Pass) -> tuple[CellResults, pd.DataFrame, dict[str, Any]]:
+def _results(work: Pass) -> tuple[CellResults, pd.DataFrame, dict[str, Any]]:
     parts = []
     for part in work.labelled():
         work.add(part)
@@ -161,13 +160,14 @@ def _results(work: _Pass) -> tuple[CellResults, pd.DataFrame, dict[str, Any]]:
     return CellResults.joined(parts), late, work.uns(sources, late)
 
 
-def _write(work: _Pass, model: Path, out: Path) -> None:
+def _write(work: Pass, model: Path, out: Path) -> None:
     """All results to ``out``, and the table of samples beside it; both appear when both are complete."""
     assert isinstance(work.query, Path)
     parts = work.labelled() if work.config.dask is None else work.labelled_on_dask(work.config.dask, model)
     with ExitStack() as stack:
         table = stack.enter_context(replacing_file(samples_path(out))) if work.label else None
-        writer = stack.enter_context(writing_results(work.query, work.sources, work.sample, out))
+        cells = cells_path(out) if work.label else None
+        writer = stack.enter_context(writing_results(work.query, work.sources, work.sample, out, cells))
         with Behind(writer.append) as write:
             for part in parts:
                 work.add(part)
@@ -176,214 +176,7 @@ def _write(work: _Pass, model: Path, out: Path) -> None:
         writer.finish(sources, late.obs, work.uns(sources, late.obs))
         if table is not None and work.table is not None:
             frame = work.table.frame(late.samples)
-            frame.to_csv(table, index=False)
+            write_table(frame, table)
             if "verdict" in frame:
                 for row in frame[frame["verdict"] != IN_RANGE].itertuples():
                     log.info("sample %s is %s: %s", row.sample, row.verdict, row.verdict_reason)
-
-
-class _Pass:
-    """One pass over all cells of a query."""
-
-    def __init__(
-        self, query: Path | AnnData, bundle: Bundle, config: PredictConfig, *, label: bool, whole: bool, asked: Asked
-    ) -> None:
-        self.query, self.bundle, self.config, self.label, self.whole = query, bundle, config, label, whole
-        self.asked = asked
-        self.sources = _open(query, config.counts, whole)
-        self.earlier = earlier_columns(query)
-        obs, self.added = about_cells(self.sources, config, asked.config, self.earlier)
-        self.sample = pd.Categorical(obs["sample"])
-        self.labellers = [Labeller(source, bundle, config, label=label) for source in self.sources]
-        self._say_genes()
-        trees = bundle.tree.axes if label and bundle.tree else ()
-        self.states = {axis.name: axis.leaves for axis in trees}
-        verdicts = None if bundle.trust is None else Verdicts(bundle.trust, config.warn_overlap)
-        self.table = SampleTable(self.sample, self.states, obs, verdicts) if label else None
-        self.late = self._late(obs) if label else None
-        self.parts: list[_Kept] = []
-        self.columns: list[str] = []
-
-    def _late(self, obs: pd.DataFrame) -> Late:
-        assert self.table is not None
-        check_root(self.config.root, self.states[self.bundle.axes[0]], [s.name for s in self.bundle.signatures.items])
-        check_features(self.config.car.features, self.sources)
-        clones = clones_of(self.query, self.sources, obs, self.asked, self.earlier)
-        sorting = Sorting.of(obs, self.config.car, self.sources[0].cells.columns)
-        return Late(
-            self.table.code_N, len(self.table.names), self.table.main, self.config, clones, self.asked.config, sorting
-        )
-
-    def _say_genes(self) -> None:
-        log.info("genes: %s", self.worst.sentence())
-        if self.worst.overlap < self.config.warn_overlap:
-            log.warning("%s", _missing_gene_warning(self.worst, self.bundle))
-        pairs = list(zip(self.sources, self.labellers, strict=True))
-        if self.label and (car := sorted({str(source.genes[at]) for source, own in pairs for at in own.car})):
-            log.info("the CAR is told from %s", ", ".join(car))
-        for source, labeller in pairs:
-            if self.label and labeller.unscored:
-                missing = ", ".join(labeller.unscored)
-                log.info("%s: too few genes to score %s; those columns are empty", source.name, missing)
-
-    @property
-    def worst(self) -> GeneReceipt:
-        """How the genes of the source that has the fewest met the panel."""
-        return min((labeller.alignment.receipt for labeller in self.labellers), key=lambda receipt: receipt.overlap)
-
-    def labelled(self) -> Iterator[Labelled]:
-        """What is said of each chunk, in order; the next one is read meanwhile."""
-        for source, labeller in zip(self.sources, self.labellers, strict=True):
-            for block in ahead(source.blocks(self.config.chunk_size)):
-                yield labeller(block)
-
-    def labelled_on_dask(self, address: str, model: Path) -> Iterator[Labelled]:
-        """As `labelled`, by the workers of a cluster; the chunks, and so the results, are the same."""
-        assert isinstance(self.query, Path)
-        query = _Query(self.query.resolve(), model.resolve(), self.config, self.label, self.whole, secrets.token_hex(8))
-        step = CHUNKS_PER_TASK * self.config.chunk_size
-        tasks = (
-            _Task(query, number, slice(start, start + step))
-            for number, source in enumerate(self.sources)
-            for start in range(0, source.n_cells, step)
-        )
-        for parts in on_dask(address, _do, tasks):
-            yield from parts
-
-    def add(self, part: Labelled) -> None:
-        """Keep what is to be known of the cells in the end."""
-        self.parts.append(_Kept(part.total_N, part.print_N, part.largest))
-        self.columns = list(map(str, part.results.obs))
-        if self.table is not None and self.late is not None:
-            self.table.add(part)
-            self.late.add(part)
-
-    def late_results(self) -> LateResults:
-        """What is known now that all cells were read; nothing of an embedding."""
-        if self.late is None:
-            return LateResults(pd.DataFrame(index=range(len(self.sample))), pd.DataFrame())
-        found = self.late.results(np.random.default_rng(self.asked.seed))
-        return LateResults(late_columns(self.added.join(found.obs), self.sources, self.earlier), found.samples)
-
-    def confirmed(self) -> list[CountsSource]:
-        """The sources, verified now that all was read.
-
-        Raises
-        ------
-        CountsError, ReadError
-            They hold no raw counts after all, or two of them hold the same cells.
-        """
-        total_N = np.concatenate([part.total_N for part in self.parts])
-        print_N = np.concatenate([part.print_N for part in self.parts])
-        largest, first, confirmed = max(part.largest for part in self.parts), 0, []
-        for source in self.sources:
-            own = slice(first, first + source.n_cells)
-            confirmed.append(source.confirmed(total_N[own], print_N[own], largest))
-            for note in confirmed[-1].notes[len(source.notes) :]:
-                log.info("%s: %s", source.name, note)
-            first += source.n_cells
-        if len(confirmed) > 1:
-            refuse_shared(confirmed)
-        if self.table is not None and (n_unknown := first - int(self.table.n_used.sum())):
-            why = "too few counts over the model's genes" + (", or unlike what it knows" if self.bundle.trust else "")
-            log.info("%s of %s cells are unknown: %s", f"{n_unknown:,}", f"{first:,}", why)
-        return confirmed
-
-    def uns(self, sources: Sequence[CountsSource], late: pd.DataFrame) -> dict[str, Any]:
-        """``uns["carvae"]``: where every column comes from."""
-        columns: dict[str, Any] = {}
-        if self.late is not None:
-            # a later run replaces these columns and no others
-            columns["columns"] = np.array([*self.columns, *map(str, late)], dtype=object)
-            if self.late.clones is not None and self.late.clones.report is not None:
-                columns["clones"] = json.dumps(asdict(self.late.clones.report))
-        return _provenance(self.bundle, self.config, self.worst, self.states) | _counts_from(sources) | columns
-
-
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    """What is kept of a chunk."""
-
-    total_N: np.ndarray[Any, np.dtype[np.int64]]
-    print_N: np.ndarray[Any, np.dtype[np.uint64]]
-    largest: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Query:
-    """All that a worker needs to know of a run."""
-
-    query: Path
-    model: Path
-    config: PredictConfig
-    label: bool
-    whole: bool
-    run: str
-    """Tells runs apart: a later one may find other files in the same places."""
-
-
-@dataclass(frozen=True)
-class _Task:
-    """Some cells of one source."""
-
-    query: _Query
-    source: int
-    cells: slice
-
-
-def _do(task: _Task) -> list[Labelled]:
-    """What a worker does."""
-    source, labeller = _at_worker(task.query)[task.source]
-    return [labeller(block) for block in source.blocks(task.query.config.chunk_size, task.cells)]
-
-
-@lru_cache(maxsize=1)
-def _at_worker(query: _Query) -> list[tuple[CountsSource, Labeller]]:
-    """Model and sources, opened once by each worker."""
-    bundle = load(query.model)
-    sources = _open(query.query, query.config.counts, query.whole)
-    return [(source, Labeller(source, bundle, query.config, label=query.label)) for source in sources]
-
-
-def _open(query: Path | AnnData, counts: str, whole: bool) -> list[CountsSource]:
-    if isinstance(query, AnnData):
-        return [open_source(query, counts=counts, whole=whole)]
-    return open_samples(query, counts=counts, whole=whole)
-
-
-def _counts_from(sources: Sequence[CountsSource]) -> dict[str, Any]:
-    """Which matrix was read, and what was found or assumed on the way."""
-    return {
-        "counts_in": "; ".join(sorted({source.where for source in sources})),
-        "notes": "\n".join(f"{source.name}: {note}" for source in sources for note in source.notes),
-    }
-
-
-def _provenance(
-    bundle: Bundle, config: PredictConfig, receipt: GeneReceipt, states: dict[str, tuple[str, ...]]
-) -> dict[str, Any]:
-    """``uns["carvae"]``: where every column comes from."""
-    return {
-        "bundle_id": bundle.bundle_id,
-        "carvae_version": __version__,
-        "trained_with": bundle.provenance.carvae_version,
-        "seed": bundle.provenance.seed,
-        "weak_labels": bundle.provenance.weak_labels,
-        "settings": config.model_dump_json(),
-        "genes": json.dumps(receipt.to_dict()),
-        "states": {axis: np.array(names, dtype=object) for axis, names in states.items()},
-    }
-
-
-def _missing_gene_warning(receipt: GeneReceipt, bundle: Bundle) -> str:
-    """What the missing genes cost, as measured on held-out patients when the model was trained."""
-    missing = 1 - receipt.overlap
-    text = f"{missing:.0%} of the model's genes are missing from the query"
-    measured = {float(k): v for k, v in bundle.metrics.get("macro_f1_by_missing_genes", {}).items()}
-    if not measured:
-        return f"{text}; labels will be less sure, by how much was not measured for this model"
-    expected = np.interp(missing, sorted(measured), [measured[k] for k in sorted(measured)])
-    return (
-        f"{text}; on held-out patients macro-F1 was {measured[0.0]:.2f} with all genes and about {expected:.2f} with "
-        "this share taken away at random"
-    )

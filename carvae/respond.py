@@ -19,8 +19,10 @@ from carvae.data.atomic import replacing_file
 from carvae.data.patients import Floats, Patients
 from carvae.data.readers import CountsSource, open_samples
 from carvae.data.schema import inspect_obs, named_column, query_samples
+from carvae.data.spreadsheet import write_table
 from carvae.errors import BundleError, ConfigError, RespondError, SchemaError
-from carvae.model.bundle import Bundle, load
+from carvae.model.bundle import Bundle
+from carvae.model.machine import load_on
 from carvae.model.responder import Responder
 from carvae.model.response import Head
 from carvae.response.cells import Described, Model, described_query
@@ -43,27 +45,32 @@ def run(query: Path, model: Path, out: Path, predict: PredictConfig, seed: int =
     CarvaeError
         The model predicts no outcomes, or the query cannot be used; nothing is written then.
     """
-    if not out.name.endswith((".csv", ".csv.gz")):
-        raise ConfigError(f"--out {str(out)!r} is no table; end it in .csv or .csv.gz")
-    bundle = load(model)
-    if bundle.responder is None or bundle.tree is None:
-        raise BundleError(
-            f"the model {model} predicts no outcomes; train one with `respond.columns: {{outcome: response}}` in the "
-            "config of `carvae train`"
-        )
+    bundle = load_on(model, predict)
+    refuse(bundle, out)
     sources = open_samples(query, counts=predict.counts)
     obs = cells_of(sources, predict.sample)
     described = described_query(bundle, sources, obs["sample"].to_numpy(str), predict, seed)
     table, states = predicted(bundle, described, obs)
     with replacing_file(out) as scratch:
-        table.to_csv(scratch, index=False, compression="gzip" if out.suffix == ".gz" else None)
+        write_table(table, scratch)
     wrote = [out]
     if states is not None:
         wrote.append(out.with_name(f"{out.name.removesuffix('.gz').removesuffix('.csv')}.states.csv"))
         with replacing_file(wrote[1]) as scratch:
-            states.to_csv(scratch, index=False)
+            write_table(states, scratch)
     log.info("wrote %s", " and ".join(map(str, wrote)))
     return out
+
+
+def refuse(bundle: Bundle, out: Path) -> None:
+    """Raise what `run` would raise before it looks at the query."""
+    if not out.name.endswith((".csv", ".csv.gz")):
+        raise ConfigError(f"--out {str(out)!r} is no table; end it in .csv or .csv.gz")
+    if bundle.responder is None or bundle.tree is None:
+        raise BundleError(
+            "this model predicts no outcomes; train one with `respond.columns: {outcome: response}` in the config of "
+            "`carvae train`"
+        )
 
 
 def predicted(bundle: Bundle, described: Described, obs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame | None]:

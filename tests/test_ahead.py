@@ -20,6 +20,7 @@ from trained import World
 from carvae import predict
 from carvae.config import PredictConfig
 from carvae.errors import ConfigError, GeneError
+from carvae.model import query_pass
 from carvae.model.ahead import Behind, ahead, on_dask
 
 
@@ -138,7 +139,7 @@ def test_a_killed_worker_costs_only_its_tasks(
     for ending in ("h5ad", "csv"):
         predict.run(query, world.bundle, tmp_path / f"local.{ending}", local, label=True)
     killed: list[int] = []
-    add = predict._Pass.add
+    add = query_pass.Pass.add
 
     def and_kill(self: Any, part: Any) -> None:
         if not killed:
@@ -146,7 +147,7 @@ def test_a_killed_worker_costs_only_its_tasks(
             os.kill(killed[0], signal.SIGKILL)
         add(self, part)
 
-    monkeypatch.setattr(predict._Pass, "add", and_kill)
+    monkeypatch.setattr(query_pass.Pass, "add", and_kill)
     remote = PredictConfig(chunk_size=10, dask=cluster.scheduler_address)
     predict.run(query, world.bundle, tmp_path / "dask.h5ad", remote, label=True)
     assert killed

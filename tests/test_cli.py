@@ -15,7 +15,7 @@ from trained import Answer, World, carvae, settings, sha256, write_config
 import carvae as library
 
 HEAVY = ("torch", "lightning", "scvi", "wandb", "scanpy", "anndata", "umap", "numba", "sklearn", "matplotlib")
-VERBS = ("ingest", "train", "embed", "annotate", "plan", "map", "explain", "demo")
+VERBS = ("ingest", "train", "embed", "annotate", "plan", "map", "explain", "respond", "check", "demo")
 
 
 def process(*commands: tuple[object, ...], cwd: Path) -> list[Answer]:

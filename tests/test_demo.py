@@ -140,7 +140,7 @@ def test_the_demo_writes_its_page_and_can_run_again(
     assert [step[:5] for step in steps[:5]] == [f"[{i}/5]" for i in range(1, 6)]
     assert f"accuracy {query.accuracy:.3f}, macro-F1 {query.macro_f1:.3f}" in steps[-1]
     listed = {path.name for path in out.iterdir()}
-    table = {"studies", "model", "model.work", f"{demo.QUERY}_annotated.h5ad", f"{demo.QUERY}_annotated.samples.csv"}
+    table = {"studies", "model", "model.work", *(f"{demo.QUERY}_annotated.{end}" for end in demo.ENDINGS)}
     assert listed == table | {f"{plot}.png" for plot in PLOTS} | {"index.html"}
     assert all(name in written for name in table)
 

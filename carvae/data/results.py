@@ -6,7 +6,6 @@ copied and added to, so that nothing of it is lost; any other is written anew fr
 
 from __future__ import annotations
 
-import gzip
 import logging
 import shutil
 import tempfile
@@ -27,7 +26,9 @@ from numpy.typing import NDArray
 from carvae.data.atomic import replacing_file, replacing_folder
 from carvae.data.cells import hash_names
 from carvae.data.on_disk import Columns, make_plain, opened, plain, readable_by_others, replace_element, write_counts
+from carvae.data.palette import GREY, colours
 from carvae.data.readers import CountsSource
+from carvae.data.spreadsheet import neutral, text_file
 from carvae.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -80,11 +81,12 @@ def add_results(adata: AnnData, results: CellResults, late: pd.DataFrame, uns: d
     adata.obs = pd.concat([kept, results.obs.set_axis(kept.index), late.set_axis(kept.index)], axis=1)
     adata.obsm.update(results.obsm())
     adata.uns[_uns_key(uns, "carvae" in adata.uns)] = uns
+    adata.uns.update(_colours(uns))
 
 
 @contextmanager
 def writing_results(
-    query: Path, sources: Sequence[CountsSource], sample: pd.Categorical, out: Path
+    query: Path, sources: Sequence[CountsSource], sample: pd.Categorical, out: Path, cells: Path | None = None
 ) -> Iterator[ResultsWriter]:
     """What takes the results for ``out``, in the format that its name says; the file appears when all is done.
 
@@ -92,6 +94,8 @@ def writing_results(
     ----------
     sample
         Sample of each cell.
+    cells
+        Table of cells that is written beside ``out``, without the latent coordinates.
 
     Raises
     ------
@@ -100,13 +104,30 @@ def writing_results(
     """
     check_output(query, out)
     with ExitStack() as stack:
-        scratch = stack.enter_context(replacing_folder(out) if out.suffix == ".zarr" else replacing_file(out))
+        writers: list[ResultsWriter] = []
+        if cells is not None:
+            writers.append(stack.enter_context(_writing_table(cells, sources, sample, latent=False)))
         if out.name.endswith(TABLES):
-            packed = out.name.endswith(".gz")
-            file = stack.enter_context(gzip.open(scratch, "wt") if packed else scratch.open("w", encoding="utf-8"))
-            rows = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", dir=scratch.parent))
-            yield _TableWriter(file, rows, sources, sample)
-            return
+            writers.append(stack.enter_context(_writing_table(out, sources, sample, latent=True)))
+        else:
+            writers.append(stack.enter_context(_writing_anndata(query, sources, sample, out)))
+        yield _Together(writers)
+
+
+@contextmanager
+def _writing_table(
+    out: Path, sources: Sequence[CountsSource], sample: pd.Categorical, *, latent: bool
+) -> Iterator[ResultsWriter]:
+    with replacing_file(out) as scratch, text_file(scratch) as file:
+        with tempfile.TemporaryFile("w+", encoding="utf-8", newline="", dir=scratch.parent) as rows:
+            yield _TableWriter(file, rows, sources, sample, latent=latent)
+
+
+@contextmanager
+def _writing_anndata(
+    query: Path, sources: Sequence[CountsSource], sample: pd.Categorical, out: Path
+) -> Iterator[ResultsWriter]:
+    with replacing_folder(out) if out.suffix == ".zarr" else replacing_file(out) as scratch:
         copied = query.suffix == out.suffix and len(sources) == 1
         if query.suffix in {".h5ad", ".zarr"} and not copied:
             log.warning("%s takes counts and obs of %s, not its layers, obsm, uns and raw", out.name, query.name)
@@ -114,8 +135,8 @@ def writing_results(
             shutil.copytree(query, scratch, dirs_exist_ok=True)
         elif copied:
             shutil.copyfile(query, scratch)
-        stack.enter_context(readable_by_others())
-        yield _AnnDataWriter(stack.enter_context(opened(scratch)), sources, sample, copied)
+        with readable_by_others(), opened(scratch) as root:
+            yield _AnnDataWriter(root, sources, sample, copied)
 
 
 def check_output(query: Path, out: Path) -> None:
@@ -134,8 +155,16 @@ def check_output(query: Path, out: Path) -> None:
 
 def samples_path(out: Path) -> Path:
     """Where the table of samples lies: ``A.h5ad`` -> ``A.samples.csv``."""
-    stem = next(out.name.removesuffix(end) for end in (".h5ad", ".zarr", ".csv.gz", ".csv") if out.name.endswith(end))
-    return out.with_name(f"{stem}.samples.csv")
+    return out.with_name(f"{_stem(out)}.samples.csv")
+
+
+def cells_path(out: Path) -> Path | None:
+    """Where the table of cells lies: ``A.h5ad`` -> ``A.cells.csv.gz``; None where ``out`` is one."""
+    return None if out.name.endswith(TABLES) else out.with_name(f"{_stem(out)}.cells.csv.gz")
+
+
+def _stem(out: Path) -> str:
+    return next(out.name.removesuffix(end) for end in (".h5ad", ".zarr", ".csv.gz", ".csv") if out.name.endswith(end))
 
 
 def earlier_columns(query: Path | AnnData) -> set[str]:
@@ -159,6 +188,16 @@ def _earlier(root: Any) -> dict[str, Any]:
 def _uns_key(uns: Mapping[str, Any], annotated: bool) -> str:
     """Key of ``uns``: an embedding of what was annotated before does not pass for the source of its labels."""
     return "carvae" if "columns" in uns or not annotated else "carvae_embedding"
+
+
+def _colours(uns: Mapping[str, Any]) -> dict[str, NDArray[np.object_]]:
+    """Key of ``uns`` by which scanpy colours the states of each axis -> a colour per category."""
+    found = {}
+    for axis, states in uns.get("states", {}).items():
+        own = colours(list(map(str, states)))
+        found[f"carvae_{axis}_colors"] = np.array([*own, GREY], dtype=object)  # the last category is unknown
+        found[f"carvae_{axis}_best_colors"] = np.array(own, dtype=object)
+    return found
 
 
 def _replaced(results: CellResults, earlier: Mapping[str, Any]) -> set[str]:
@@ -185,22 +224,42 @@ class _Names:
         return found
 
 
+class _Together:
+    """Hands everything to several writers."""
+
+    def __init__(self, writers: Sequence[ResultsWriter]) -> None:
+        self.writers = writers
+
+    def append(self, results: CellResults) -> None:
+        for writer in self.writers:
+            writer.append(results)
+
+    def finish(self, sources: Sequence[CountsSource], late: pd.DataFrame, uns: dict[str, Any]) -> None:
+        for writer in self.writers:
+            writer.finish(sources, late, uns)
+
+
 class _TableWriter:
-    """Cells as rows: barcode, sample, results, the latent coordinates, and what is known only at the end.
+    """Cells as rows: barcode, sample, results, with ``latent`` the coordinates, and what is known only at the end.
 
     Rows wait in a file without a name for their last columns.
     """
 
-    def __init__(self, file: IO[str], rows: IO[str], sources: Sequence[CountsSource], sample: pd.Categorical) -> None:
+    def __init__(
+        self, file: IO[str], rows: IO[str], sources: Sequence[CountsSource], sample: pd.Categorical, *, latent: bool
+    ) -> None:
         self.file, self.rows, self.names, self.sample, self.done = file, rows, _Names(sources), sample, 0
+        self.latent = latent
 
     def append(self, results: CellResults) -> None:
         stop = self.done + len(results.latent)
-        latent = pd.DataFrame(results.latent, columns=[f"{LATENT}_{k + 1}" for k in range(results.latent.shape[1])])
-        table = pd.concat([results.obs.reset_index(drop=True), latent], axis=1)
-        table.insert(0, "sample", np.asarray(self.sample[self.done : stop]))
+        table = results.obs.reset_index(drop=True)
+        if self.latent:
+            names = [f"{LATENT}_{k + 1}" for k in range(results.latent.shape[1])]
+            table = pd.concat([table, pd.DataFrame(results.latent, columns=names)], axis=1)
+        table.insert(0, "sample", pd.Series(self.sample[self.done : stop]))
         table.index = pd.Index(self.names.of(self.done, stop), dtype=object)
-        table.to_csv(self.rows, index_label="cell", header=not self.done)
+        neutral(table).to_csv(self.rows, index_label="cell", header=not self.done, lineterminator="\n")
         self.done = stop
 
     def finish(self, sources: Sequence[CountsSource], late: pd.DataFrame, uns: dict[str, Any]) -> None:
@@ -210,8 +269,8 @@ class _TableWriter:
             return
         self.file.write(f"{self.rows.readline().rstrip()},{','.join(map(str, late))}\n")
         for start in range(0, len(late), LATE_AT_ONCE):
-            last = late.iloc[start : start + LATE_AT_ONCE].to_csv(index=False, header=False, lineterminator="\n")
-            for end in last.splitlines(keepends=True):
+            some = neutral(late.iloc[start : start + LATE_AT_ONCE])
+            for end in some.to_csv(index=False, header=False, lineterminator="\n").splitlines(keepends=True):
                 self.file.write(f"{self.rows.readline().rstrip()},{end}")
 
 
@@ -243,6 +302,8 @@ class _AnnDataWriter:
             columns.append({f"obs/{name}": late[name] for name in late})
             columns.close()
         replace_element(self.root, f"uns/{_uns_key(uns, 'carvae' in self.root['uns'])}", uns)
+        for key, colour in _colours(uns).items():
+            replace_element(self.root, f"uns/{key}", colour)
         if not self.copied:
             write_counts(self.root, sources)
 

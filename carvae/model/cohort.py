@@ -52,16 +52,7 @@ class Cohort:
             Labels do not fit the tree, or a covariate is no column of the store.
         """
         obs = store.obs()
-        if unknown := [name for name in config.model.covariates if name not in obs or name not in NAMES]:
-            raise ConfigError(
-                f"model.covariates names {', '.join(map(repr, unknown))}, which the studies do not have; "
-                f"map it in ingest.studies.*.obs, or choose from {', '.join(name for name in NAMES if name in obs)}"
-            )
-        if empty := [name for name in config.model.covariates if obs[name].isna().all()]:
-            raise ConfigError(
-                f"model.covariates names {', '.join(map(repr, empty))}, which no cell has a value of; leave it out, or "
-                "map it in ingest.studies.*.obs"
-            )
+        check_covariates(obs, config)
         codes = {name: obs[name].astype("category").cat.codes.to_numpy(np.int64) for name in config.model.covariates}
         return cls(
             store=store,
@@ -144,6 +135,20 @@ class Cohort:
             f"{len(self.obs):,} cells ({int(self.labelled_N.sum()):,} labelled), "
             f"{patients} patient{'s' * (patients != 1)} ({held}), {studies} stud{'y' if studies == 1 else 'ies'}, "
             f"{len(self.store.header.genes):,} genes"
+        )
+
+
+def check_covariates(obs: pd.DataFrame, config: Config) -> None:
+    """Raise ConfigError where a covariate is no column of the contract, or says nothing."""
+    if unknown := [name for name in config.model.covariates if name not in obs or name not in NAMES]:
+        raise ConfigError(
+            f"model.covariates names {', '.join(map(repr, unknown))}, which the studies do not have; "
+            f"map it in ingest.studies.*.obs, or choose from {', '.join(name for name in NAMES if name in obs)}"
+        )
+    if empty := [name for name in config.model.covariates if obs[name].isna().all()]:
+        raise ConfigError(
+            f"model.covariates names {', '.join(map(repr, empty))}, which no cell has a value of; leave it out, or "
+            "map it in ingest.studies.*.obs"
         )
 
 

@@ -1,0 +1,125 @@
+"""Options that all verbs with a query share: one way, one meaning, nothing written that was not asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from trained import World, carvae
+
+from carvae.invocation import OF_QUERIES
+
+VERBS = ("embed", "annotate", "plan", "map", "explain", "respond")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_with_a_query_takes_the_same_options(verb: str) -> None:
+    text = carvae(verb, "--help").out
+    for name in OF_QUERIES:
+        if name != "overrides":
+            assert f"--{name.removeprefix('as_').replace('_', '-')}" in text
+    assert "section.key=value" in text
+
+
+def test_flags_are_settings_and_the_summary_is_one_line_of_json(world: World, tmp_path: Path) -> None:
+    out = tmp_path / "A.h5ad"
+    flags = ("predict.warn_overlap=0.99", "--threads", 1, "--device", "cpu", "--seed", 7)
+    answer = carvae("annotate", world.query_path, "--model", world.bundle, "--out", out, "--json", *flags)
+    assert answer.code == 0, answer.err
+    summary = json.loads(answer.out)
+    samples = pd.read_csv(tmp_path / "A.samples.csv")
+    assert summary["verb"] == "annotate"
+    assert summary["seed"] == 7
+    assert summary["bundle_id"] == json.loads((world.bundle / "model.json").read_text())["sha256"][:12]
+    assert [Path(path).name for path in summary["written"]] == ["A.h5ad", "A.cells.csv.gz", "A.samples.csv"]
+    assert all(Path(path).exists() for path in summary["written"])
+    assert [row["sample"] for row in summary["rows"]] == samples["sample"].tolist()
+    assert [row["n_cells"] for row in summary["rows"]] == samples["n_cells"].tolist()
+    assert all("nan" not in json.dumps(row).casefold().split('"') for row in summary["rows"])
+    assert any("genes are missing" in warning for warning in summary["warnings"])
+    cells = pd.read_csv(tmp_path / "A.cells.csv.gz")
+    assert cells["sample"].value_counts().to_dict() == samples.set_index("sample")["n_cells"].to_dict()
+    assert not any(column.startswith("X_carvae") for column in cells)
+
+
+def test_a_device_that_is_not_there_is_said(world: World, tmp_path: Path) -> None:
+    answer = carvae(
+        "embed", world.query_path, "--model", world.bundle, "--out", tmp_path / "A.csv", "--device", "cuda:99"
+    )
+    assert answer.code == 1
+    assert "predict.device is cuda:99, but torch finds" in answer.err
+    wrong = carvae("embed", world.query_path, "--model", world.bundle, "--out", tmp_path / "A.csv", "--device", "gpu")
+    assert wrong.code == 1
+    assert "predict.device" in wrong.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_says_what_check_says_and_writes_nothing(world: World, tmp_path: Path) -> None:
+    query = (world.query_path, "--model", world.bundle)
+    dry = carvae("annotate", *query, "--out", tmp_path / "A.h5ad", "--dry-run", "--json")
+    said = carvae("check", *query, "--json")
+    assert (dry.code, said.code) == (0, 0), dry.err + said.err
+    of_time = {"seconds", "memory_bytes", "free_bytes"}
+    facts, others = ({k: v for k, v in json.loads(answer.out).items() if k not in of_time} for answer in (dry, said))
+    assert facts == others
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("verb", "out", "words"),
+    [
+        ("annotate", "A.txt", "says no format"),
+        ("respond", "A.csv", "predicts no outcomes"),
+        ("plan", "file", "is a file; plan writes"),
+        ("explain", "file", "is a file; explain writes"),
+        ("map", "file", "is no part of a bundle"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would(world: World, tmp_path: Path, verb: str, out: str, words: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    arguments = (verb, world.query_path, "--model", world.bundle, "--out", tmp_path / out)
+    dry, wet = carvae(*arguments, "--dry-run"), carvae(*arguments)
+    assert dry.code == wet.code == 1
+    assert words in dry.err
+    assert dry.err == wet.err
+    assert dry.out == ""
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_table_is_printed_when_it_is_complete(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    query = ("annotate", world.query_path, "--model", world.bundle)
+    assert carvae(*query, "--out", tmp_path / "A.csv").code == 0
+    monkeypatch.chdir(tmp_path)
+    caplog.clear()
+    answer = carvae(*query, "--out", "-")
+    assert answer.code == 0, answer.err
+    assert answer.out.encode() == (tmp_path / "A.csv").read_bytes()
+    assert "genes found" in caplog.text
+    assert "wrote" not in caplog.text  # a scratch file that is no more
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["A.csv", "A.samples.csv"]
+    answer = carvae("annotate", tmp_path / "gone.h5ad", *query[2:], "--out", "-")
+    assert (answer.code, answer.out) == (1, "")
+
+
+@pytest.mark.parametrize(
+    ("verb", "more", "words"),
+    [("annotate", ("--json",), "both write to the standard output"), ("plan", (), "writes a folder")],
+)
+def test_what_cannot_be_printed_is_said(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, more: tuple[str, ...], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    answer = carvae(verb, world.query_path, "--model", world.bundle, "--out", "-", *more)
+    assert answer.code == 1
+    assert words in answer.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_that_a_verb_does_not_read_are_refused(world: World, tmp_path: Path) -> None:
+    answer = carvae("embed", world.query_path, "train.lr=1", "--model", world.bundle, "--out", tmp_path / "A.csv")
+    assert answer.code == 1
+    assert "changes nothing here; this verb reads predict.* alone" in answer.err
