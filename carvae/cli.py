@@ -235,7 +235,7 @@ def perturb(
     quiet: Quiet = False,
 ) -> None:
     """Set genes or signatures up or down in a sample's cells, and see what the model then says: a hypothesis."""
-    settings = _start(quiet, None, _only(overrides, "perturb.", "predict.", "seed="))
+    settings = start(quiet, None, only(overrides, "perturb.", "predict.", "seed="))
     from carvae.perturb import run
 
     run(query, model, out, settings.perturb, settings.predict, settings.seed)
@@ -299,7 +299,7 @@ def app_(
     quiet: Quiet = False,
 ) -> None:
     """Open a web page on this machine: drop a file, see what it holds, get the labelled map and the report."""
-    settings = _start(quiet, None, _only(overrides, "predict.", "clones.", "seed="))
+    settings = start(quiet, None, only(overrides, "predict.", "clones.", "seed="))
     from carvae.app import Address, run
     from carvae.web.limits import Limits, bytes_of
 

@@ -127,7 +127,6 @@ def _run(task: Task, tell: Tell) -> dict[str, Any]:
     from carvae.data.results import cells_path, samples_path
     from carvae.model.cell_clones import Asked
     from carvae.predict import run
-    from carvae.report import run as write_report
 
     tell({"stage": LABELLING, "share": SHARES[LABELLING][0]})
     low, high = SHARES[LABELLING]
@@ -139,15 +138,13 @@ def _run(task: Task, tell: Tell) -> dict[str, Any]:
     out = Path(task.result) / f"{task.stem}_carvae.h5ad"
     asked = Asked(None, config.clones, config.seed)
     run(Path(task.query), model, out, config.predict, label=True, asked=asked, progress=progress)
-    tell({"stage": REPORT, "share": SHARES[REPORT][0]})
-    report = write_report(out, out.with_name(f"{task.stem}_report.html"), model=model, clones=config.clones)
     script = out.with_name(f"{task.stem}_repeat.sh")
     script.write_text(repeat_script(task), encoding="utf-8")
     samples = pd.read_csv(samples_path(out))
     shown = [name for name in ("sample", "n_cells", "n_cells_used", "verdict", "verdict_reason") if name in samples]
     rows = json.loads(samples[shown].to_json(orient="records"))
     results = {"annotated": out, "cells": cells_path(out), "samples": samples_path(out)}
-    results |= {"report": report, "script": script}
+    results |= {"script": script}
     return {"samples": rows, "results": {key: str(path) for key, path in results.items()}}
 
 
