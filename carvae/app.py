@@ -68,7 +68,6 @@ def run(models: Sequence[Path], address: Address, limits: Limits, config: Config
         workers = Workers(named, config.model_dump(mode="json", exclude_defaults=True), limits)
         _say(address, port, site.token)
         serve(application(site, Jobs(folder, limits), workers, about), listening, limits)
-    log.info("carvae app has ended; its files are removed")
 
 
 def _say(address: Address, port: int, token: str) -> None:

@@ -76,6 +76,8 @@ class Job:
     details: str = ""
     """Of a fault of carvae's own: the end of what the process said."""
     found: dict[str, Any] | None = None
+    expected_s: float = 0.0
+    """Expected time of labelling it, once it was looked at."""
     stage: str = ""
     share: float = 0.0
     cells: list[int] | None = None
@@ -117,6 +119,7 @@ class Job:
             "details": self.details,
             "files": [{"name": u.given, "size": u.size, "received": u.received} for u in self.uploads],
             "found": self.found,
+            "expected_s": round(self.expected_s, 1),
             "stage": self.stage,
             "share": round(self.share, 4),
             "cells": self.cells,

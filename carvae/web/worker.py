@@ -102,7 +102,7 @@ def _look(task: Task, tell: Tell) -> dict[str, Any]:
     tell({"stage": "Looking at the counts", "share": 0.6})
     config = Config.parse(task.settings)
     checked = of_query(query, config, bundle, Asked(None, config.clones, config.seed))
-    return {"found": checked.to_dict(), "query": str(query)}
+    return {"found": checked.to_dict() | {"query": task.name}, "query": str(query)}
 
 
 def _unpacked(task: Task, tell: Tell) -> Path:

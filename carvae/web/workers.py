@@ -22,6 +22,9 @@ from carvae.web.worker import memory_sentence
 
 log = logging.getLogger(__name__)
 
+BESIDE_S = 15.0
+"""Expected time of what is not labelling: starting, writing, drawing the report. Jobs that are done correct it."""
+LEARNED = 0.3
 FAULT = (
     "carvae stopped at this file without saying why (exit status {status}); that is a fault of carvae: please report "
     "it with the lines below"
@@ -68,6 +71,7 @@ class Workers:
         self.looking, self.running = Lane("look", limits.check_s), Lane("run", limits.run_s)
         self.lanes = (self.looking, self.running)
         self.spare: Process | None = None
+        self.beside_s = BESIDE_S
         self.tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -140,6 +144,17 @@ class Workers:
             status = 0
         if job.state is not State.CANCELLED:
             _conclude(job, said, status, process)
+            self._foretell(job)
+
+    def _foretell(self, job: Job) -> None:
+        """Say how long a job will take, and learn from one that is done."""
+        if job.found is None:
+            return
+        labelling = float(job.found["seconds"])
+        if job.state is State.READY:
+            job.expected_s = labelling + self.beside_s
+        elif job.state is State.DONE and job.started and job.finished:
+            self.beside_s += LEARNED * (job.finished - job.started - labelling - self.beside_s)
 
     def _task(self, lane: Lane, job: Job) -> Task:
         return Task(

@@ -37,7 +37,6 @@ export interface Found {
   signatures_unscored: string[];
   car_features: string[];
   clones: boolean;
-  seconds: number;
   memory_bytes: number;
   free_bytes: number;
   tried: number;
@@ -74,6 +73,7 @@ export interface Job {
   details: string;
   files: { name: string; size: number; received: number }[];
   found: Found | null;
+  expected_s: number;
   stage: string;
   share: number;
   cells: [number, number] | null;

@@ -21,7 +21,7 @@ export function found(job: Job, act: (action: "start" | "cancel") => void): HTML
       { class: "actions" },
       h("button", { type: "button", class: "primary", click: () => act("start") }, `Label ${plural(facts.cells, "cell")}`),
       h("button", { type: "button", click: () => act("cancel") }, "Cancel"),
-      h("span", { class: "hint" }, `Takes about ${duration(facts.seconds)} on this computer.`),
+      h("span", { class: "hint" }, `Takes about ${duration(job.expected_s)} on this computer.`),
     ),
     Object.keys(facts.samples).length > 1 && h("h2", {}, "Samples"),
     Object.keys(facts.samples).length > 1 &&

@@ -154,6 +154,6 @@ function stage(job: Job): { text: string; share: number | null } {
 }
 
 function clock(job: Job): string {
-  if (job.state !== "running" || job.started === null || !job.found) return "";
-  return `Expected: about ${duration(job.found.seconds)} in all. You can close this page and come back to this address.`;
+  if (job.state !== "running" || job.started === null) return "";
+  return `Expected: about ${duration(job.expected_s)} in all. You can close this page and come back to this address.`;
 }

@@ -40,12 +40,13 @@ function summary(samples: Verdict[]): string {
 
 function verdicts(samples: Verdict[]): HTMLElement {
   const judged = samples.some((sample) => sample.verdict);
-  const head = ["Sample", "Cells", "Of them labelled", ...(judged ? ["Verdict", "Why"] : [])];
+  const head = ["Sample", "Cells", "Of them labelled", ...(judged ? ["Verdict"] : [])];
   const rows = samples.map((sample) => {
     const verdict = sample.verdict ?? "";
     const plain = [sample.sample, count(sample.n_cells), count(sample.n_cells_used)];
     const sign = h("span", { class: `verdict ${verdict.replaceAll(" ", "-")}` }, `${SIGNS[verdict] ?? ""} ${verdict}`);
-    return judged ? [...plain, sign, sample.verdict_reason || "as in training"] : plain;
+    const why = h("span", { class: "why" }, sample.verdict_reason || "as in training");
+    return judged ? [...plain, h("span", {}, sign, why)] : plain;
   });
   return table("Verdict on each sample", head, rows, [1, 2]);
 }
