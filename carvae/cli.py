@@ -227,18 +227,21 @@ def check(
 
 
 @app.command()
+@verb_of_queries("perturb.", "predict.", "seed=")
 def perturb(
+    settings: Config,
     query: Query,
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder for states.csv, samples.csv, response.csv and perturb.png.")],
-    overrides: Overrides = None,
-    quiet: Quiet = False,
-) -> None:
+) -> Job:
     """Set genes or signatures up or down in a sample's cells, and see what the model then says: a hypothesis."""
-    settings = start(quiet, None, only(overrides, "perturb.", "predict.", "seed="))
-    from carvae.perturb import run
+    from carvae import perturb
 
-    run(query, model, out, settings.perturb, settings.predict, settings.seed)
+    return Job(
+        lambda: perturb.run(query, model, out, settings.perturb, settings.predict, settings.seed),
+        lambda bundle: perturb.refuse(bundle, out),
+        rows=perturb.STATES,
+    )
 
 
 @app.command()

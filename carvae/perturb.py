@@ -25,9 +25,11 @@ from carvae.config import PredictConfig
 from carvae.data.atomic import replacing_file
 from carvae.data.patients import Floats
 from carvae.data.readers import CountsSource, open_samples
+from carvae.data.spreadsheet import write_table
 from carvae.errors import BundleError, ConfigError, CountsError, SchemaError, nearest
-from carvae.model.bundle import Bundle, load
+from carvae.model.bundle import Bundle
 from carvae.model.intervention import Direction, Expression, Intervention, applied, control, intervention
+from carvae.model.machine import load_on
 from carvae.model.query import UNKNOWN, Query, Samples, calls, read
 from carvae.respond import asked_of, cells_of
 from carvae.response.cells import Model, describe
@@ -85,11 +87,8 @@ def run(query: Path, model: Path, out: Path, config: PerturbConfig, predict: Pre
     CarvaeError
         The query, the model or a setting cannot be used; nothing is written then.
     """
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {str(out)!r} is a file; perturb writes tables and a picture into a folder")
-    bundle = load(model)
-    if bundle.tree is None:
-        raise BundleError("this model was trained without labels, so there are no states to look at")
+    bundle = load_on(model, predict)
+    refuse(bundle, out)
     rng = np.random.default_rng((seed, 51))
     asked = _interventions(bundle, config)
     cells = _cells(open_samples(query, counts=predict.counts), bundle, config, predict, rng)
@@ -110,10 +109,18 @@ def run(query: Path, model: Path, out: Path, config: PerturbConfig, predict: Pre
     out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         for name, table in written.items():
-            table.to_csv(stack.enter_context(replacing_file(out / name)), index=False)
+            write_table(table, stack.enter_context(replacing_file(out / name)))
         draw(written[STATES], stack.enter_context(replacing_file(out / PLOT)))
     log.info("wrote %s and %s to %s; all of it is a %s", ", ".join(written), PLOT, out, HYPOTHESIS)
     return out
+
+
+def refuse(bundle: Bundle, out: Path) -> None:
+    """Raise what `run` would raise before it looks at the query."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {str(out)!r} is a file; perturb writes tables and a picture into a folder")
+    if bundle.tree is None:
+        raise BundleError("this model was trained without labels, so there are no states to look at")
 
 
 def _interventions(bundle: Bundle, config: PerturbConfig) -> list[Intervention]:

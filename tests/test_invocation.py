@@ -11,7 +11,7 @@ from trained import World, carvae
 
 from carvae.invocation import OF_QUERIES
 
-VERBS = ("embed", "annotate", "plan", "map", "explain", "respond")
+VERBS = ("embed", "annotate", "plan", "map", "explain", "respond", "perturb")
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -74,6 +74,7 @@ def test_a_dry_run_says_what_check_says_and_writes_nothing(world: World, tmp_pat
         ("respond", "A.csv", "predicts no outcomes"),
         ("plan", "file", "is a file; plan writes"),
         ("explain", "file", "is a file; explain writes"),
+        ("perturb", "file", "is a file; perturb writes"),
         ("map", "file", "is no part of a bundle"),
     ],
 )

@@ -15,10 +15,11 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure as Canvas
 from matplotlib.text import Text
 
+from carvae.data.palette import GREY
 from carvae.data.tracking import ClonalCells, transitions
 from carvae.plots.cells import plot_composition, plot_signatures_by_state, plot_umap
 from carvae.plots.clones import colours, draw_flow, plot_clone_flow, plot_states_over_time, plot_tracking
-from carvae.plots.look import GREY, WIDTH_PX, save, styles
+from carvae.plots.look import WIDTH_PX, save, styles
 from carvae.plots.training import plot_confusion, plot_loss
 
 STATES = [

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
+from carvae.data.palette import GREY
 from carvae.plots.look import (
-    GREY,
     finish,
     heat_map,
     legend_beside,

@@ -21,19 +21,12 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 
 from carvae.data.atomic import replacing_file
+from carvae.data.palette import EIGHT_COLOURS, GREY, TWELVE_COLOURS
 
 WIDTH_PX = 1200
 WIDTH_INCHES = 8.0
 
-# Okabe & Ito 2008 (jfly.uni-koeln.de/color), with a softer black.
-EIGHT_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#333333")
-# M. Krzywinski's 12 colours for deuteranopia, protanopia and tritanopia (mk.bcgsc.ca/colorblind).
-TWELVE_COLOURS = (
-    "#9F0162", "#009F81", "#FF5AAF", "#00FCCF", "#8400CD", "#008DF9",
-    "#00C2F9", "#FFB2FD", "#A40122", "#E20134", "#FF6E3A", "#FFC33B",
-)  # fmt: skip
 NO_LABEL = ("unknown", "Unlabelled", "unlabelled", "missing", "other studies")
-GREY = "#B5B5B5"
 MARKERS = ("o", "^", "s", "D")
 HATCHES = ("", "///", "...", "xxx")
 LEGEND_ROWS = 28

@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from carvae.plots.look import EIGHT_COLOURS, NO_LABEL, finish, heat_map, new_axes, with_count
+from carvae.data.palette import EIGHT_COLOURS
+from carvae.plots.look import NO_LABEL, finish, heat_map, new_axes, with_count
 
 FEW_POINTS = 60
 
