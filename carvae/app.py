@@ -57,17 +57,18 @@ def run(models: Sequence[Path], address: Address, limits: Limits, config: Config
     from carvae.web.guard import Site
     from carvae.web.job import Jobs
     from carvae.web.routes import application
-    from carvae.web.server import listen, names_of, private_folder, serve
+    from carvae.web.server import listen, names_of, private_folder, serve, server_of
     from carvae.web.workers import Workers
 
     named = _named(models)
-    about = {"version": __version__, "max_upload": limits.max_upload, "models": _about(named)}
     with private_folder() as folder, listen(address.host, address.port, expose=address.expose) as listening:
+        about = {"version": __version__, "max_upload": limits.max_upload, "models": _about(named)}
         port = listening.getsockname()[1]
         site = Site(secrets.token_urlsafe(32), names_of(address.host, port), limits, f"carvae_{port}")
         workers = Workers(named, config.model_dump(mode="json", exclude_defaults=True), limits)
         _say(address, port, site.token)
-        serve(application(site, Jobs(folder, limits), workers, about), listening, limits)
+        page = application(site, Jobs(folder, limits), workers, about)
+        serve(server_of(page, limits), listening)
 
 
 def _say(address: Address, port: int, token: str) -> None:

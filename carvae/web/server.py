@@ -66,8 +66,12 @@ def listen(host: str, port: int, *, expose: bool) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, protocol)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(address)
+        except OSError:
+            listening.close()
+            raise
     except OSError as error:
         raise ConfigError(
             f"nothing can listen at {host}:{port} ({error.strerror or error}); choose another --port, or 0 for any"
@@ -116,9 +120,9 @@ class TimedProtocol(H11Protocol):
             self.timer = None
 
 
-def serve(application: ASGIApp, listening: socket.socket, limits: Limits) -> None:
-    """Serve until SIGINT, SIGTERM or SIGHUP; returns then, or with SystemExit, so that what is open is closed."""
-    server = uvicorn.Server(
+def server_of(application: ASGIApp, limits: Limits) -> uvicorn.Server:
+    """A server of the page, to be run on a socket."""
+    return uvicorn.Server(
         uvicorn.Config(
             application,
             http=type("Protocol", (TimedProtocol,), {"header_s": limits.header_s}),
@@ -133,6 +137,10 @@ def serve(application: ASGIApp, listening: socket.socket, limits: Limits) -> Non
             timeout_graceful_shutdown=2,
         )
     )
+
+
+def serve(server: uvicorn.Server, listening: socket.socket) -> None:
+    """Serve until SIGINT, SIGTERM or SIGHUP; returns then, or with SystemExit, so that what is open is closed."""
     # uvicorn ends in good order at SIGTERM and then raises it anew, which would leave the folder behind.
     before = {sign: signal.signal(sign, _exit) for sign in (signal.SIGTERM, signal.SIGHUP)}
     try:
