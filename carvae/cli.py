@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -224,6 +225,24 @@ def check(
         label = bundle is not None and bundle.tree is not None
         checked = of_query(what, settings, bundle, Asked(clones, settings.clones, settings.seed), label=label)
     print(json.dumps(checked.to_dict()) if as_json else checked.text())
+
+
+@app.command()
+def report(
+    annotated: Annotated[Path, typer.Argument(help=".h5ad or .zarr that `carvae annotate` wrote.")],
+    out: Annotated[Path, typer.Option(help="The page, .html: one file that opens without a network.")],
+    overrides: Overrides = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Model bundle that labelled the file: its limits, scores and outcomes.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write a page on an annotated file: verdicts, map, states, evidence, clones, limits, methods."""
+    settings = start(quiet, None, only(overrides, "report.", "clones.", "seed="))
+    from carvae.report import run
+
+    told = shlex.join(["carvae", *sys.argv[1:]])
+    run(annotated, out, model=model, config=settings.report, clones=settings.clones, seed=settings.seed, command=told)
 
 
 @app.command()

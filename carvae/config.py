@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 from carvae.errors import ConfigError, join_problems
 from carvae.patient_config import CarConfig, ClonesConfig
 from carvae.section import Section, apply, read_yaml, sentence
+from carvae.section_report import ReportConfig
 from carvae.section_respond import PerturbConfig, RespondConfig
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -310,6 +311,7 @@ class Config(Section):
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     clones: ClonesConfig = Field(default_factory=ClonesConfig)
     respond: RespondConfig = Field(default_factory=RespondConfig)
+    report: ReportConfig = Field(default_factory=ReportConfig)
     perturb: PerturbConfig = Field(default_factory=PerturbConfig)
 
     @model_validator(mode="after")

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from carvae.config import ExplainConfig, PredictConfig, label_file
 from carvae.data.atomic import replacing_file
+from carvae.data.markers import AUTHOR, PREDICTED, Grouping, marker_table
 from carvae.data.readers import CountsSource, open_samples
 from carvae.data.spreadsheet import write_table
 from carvae.errors import BundleError, ConfigError, CountsError, SchemaError
@@ -26,6 +27,7 @@ from carvae.model.attribution import Attribution, Baseline, attribute, baseline,
 from carvae.model.bundle import Bundle
 from carvae.model.machine import load_on
 from carvae.model.query import UNKNOWN, Calls, Query, Samples, calls, read
+from carvae.plots.markers import draw_markers
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +38,6 @@ MIN_CELLS = 5
 MIN_STATES = 2
 """States with that many cells, below which there is nothing to tell a state from."""
 REST = "(all other genes)"
-PREDICTED, AUTHOR = "predicted", "author"
 NO_AUTHOR = "(none)"
 """Where the author's column is empty."""
 
@@ -82,7 +83,7 @@ def run(query: Path, model: Path, out: Path, config: ExplainConfig, predict: Pre
     cells = _read(query, bundle, config, predict, tuple(dict.fromkeys(g for p in panels for g in p.genes)), seed)
     said = calls(cells.query.panel, bundle, predict, cells.query.present_G)
     states, singles = _explained(bundle, cells, said, config)
-    table = marker_table(cells, _called(bundle, said), [*bundle.tree[bundle.axes[0]].leaves, RESERVED])
+    table = _marker_table(cells, _called(bundle, said), [*bundle.tree[bundle.axes[0]].leaves, RESERVED])
     out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         names = [GENES, *([CELLS] if config.barcodes else []), MARKERS, MISSING, PLOT]
@@ -92,7 +93,7 @@ def run(query: Path, model: Path, out: Path, config: ExplainConfig, predict: Pre
             write_table(singles, place[CELLS])
         write_table(table, place[MARKERS])
         write_table(_missing(bundle, cells), place[MISSING])
-        draw(table, [(p.name, p.genes) for p in panels], place[PLOT])
+        draw_markers(table, [(p.name, p.genes) for p in panels]).savefig(place[PLOT], dpi=150)
     log.info("wrote %s to %s", ", ".join(names), out)
     return out
 
@@ -279,28 +280,13 @@ def _cell_table(bundle: Bundle, cells: Read, part: Attribution, i: int, row: int
     )
 
 
-def marker_table(cells: Read, called_N: NDArray[np.object_], order: Sequence[str]) -> pd.DataFrame:
-    """Mean log1p(CP10k) and share of cells with a count, of every marker in every state and author's label.
-
-    Empty where the query did not measure the gene.
-    """
-    query = cells.query
-    count_NE = query.other.toarray().astype(np.float64)
-    value_NE = np.log1p(count_NE * (1e4 / np.maximum(query.total_N, 1))[:, None])
-    groups = [(PREDICTED, called_N, order)]
+def _marker_table(cells: Read, called_N: NDArray[np.object_], order: Sequence[str]) -> pd.DataFrame:
+    """Markers by state and by the author's label, of the cells that were drawn."""
+    drawn, query = np.flatnonzero(cells.drawn_N), cells.query
+    groupings = [Grouping(PREDICTED, called_N[drawn], order)]
     if cells.author_N is not None:
-        groups.append((AUTHOR, cells.author_N, sorted(set(cells.author_N))))
-    rows = []
-    for by, name_N, names in groups:
-        for name in names:
-            own = (name_N == name) & cells.drawn_N
-            if own.any():
-                mean_E, share_E = value_NE[own].mean(0), (count_NE[own] > 0).mean(0)
-                found = {"gene": cells.markers, "mean": mean_E, "share_expressing": share_E}
-                table = pd.DataFrame({"by": by, "state": name, "n_cells": int(own.sum()), **found})
-                table.loc[~query.measured_E, ["mean", "share_expressing"]] = np.nan
-                rows.append(table)
-    return pd.concat(rows, ignore_index=True)
+        groupings.append(Grouping(AUTHOR, cells.author_N[drawn], sorted(set(cells.author_N))))
+    return marker_table(query.other[drawn], query.total_N[drawn], query.measured_E, cells.markers, groupings)
 
 
 def _missing(bundle: Bundle, cells: Read) -> pd.DataFrame:
@@ -312,38 +298,3 @@ def _missing(bundle: Bundle, cells: Read) -> pd.DataFrame:
     if markers:
         log.info("markers that the query does not have: %s", ", ".join(markers))
     return pd.DataFrame({"gene": panel + markers, "what": ["model"] * len(panel) + ["marker"] * len(markers)})
-
-
-def draw(table: pd.DataFrame, panels: Sequence[tuple[str, Sequence[str]]], path: Path) -> None:
-    """The table of markers as dots: size the share of cells, colour the mean relative to the gene's greatest."""
-    from matplotlib.figure import Figure
-
-    genes = list(dict.fromkeys(gene for _, names in panels for gene in names))
-    top = table.groupby("gene")["mean"].max().reindex(genes)
-    groups = [(by, rows) for by, rows in table.groupby("by", sort=False)]
-    n_rows = [rows["state"].nunique() for _, rows in groups]
-    figure = Figure(
-        figsize=(0.27 * len(genes) + 4.2, 0.27 * sum(n_rows) + 1.2 * len(groups) + 1.2), layout="constrained"
-    )
-    all_axes = np.atleast_1d(figure.subplots(len(groups), 1, sharex=True, height_ratios=n_rows))
-    for axes, (by, rows) in zip(all_axes, groups, strict=True):
-        states = list(dict.fromkeys(rows["state"]))
-        x, y = rows["gene"].map(genes.index), rows["state"].map(states.index)
-        shade = rows["mean"] / rows["gene"].map(top).where(lambda value: value > 0)
-        size = 150 * rows["share_expressing"].fillna(0)
-        dots = axes.scatter(x, y, s=size, c=shade, cmap="viridis_r", vmin=0, vmax=1, edgecolors="0.4", linewidths=0.3)
-        n_cells = rows.groupby("state")["n_cells"].first()
-        axes.set_yticks(range(len(states)), [f"{state} ({n_cells[state]:,})" for state in states])
-        axes.set(ylim=(len(states) - 0.4, -0.6), xlim=(-0.7, len(genes) - 0.3))
-        axes.set_title(
-            "as called by carvae" if by == PREDICTED else "as labelled by the author", loc="left", fontsize=10
-        )
-        for edge in np.cumsum([len(names) for _, names in panels])[:-1]:
-            axes.axvline(edge - 0.5, color="0.85", linewidth=0.8, zorder=0)
-    unmeasured = set(top.index[top.isna()])
-    ticks = [f"{gene} (absent)" if gene in unmeasured else gene for gene in genes]
-    all_axes[-1].set_xticks(range(len(genes)), ticks, rotation=90, fontsize=8)
-    figure.colorbar(dots, ax=list(all_axes), label="mean / greatest mean", shrink=0.6, pad=0.01)
-    handles = [all_axes[0].scatter([], [], s=150 * s, c="0.6", label=f"{s:.0%}") for s in (0.1, 0.5, 1.0)]
-    figure.legend(handles=handles, title="cells with a count", loc="outside right upper", fontsize=8, title_fontsize=8)
-    figure.savefig(path, dpi=150)

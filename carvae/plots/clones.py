@@ -13,12 +13,15 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.patches import Patch
 
 from carvae.data.tracking import ClonalCells, detection_limit
-from carvae.plots.look import new_axes, styles
+from carvae.plots.look import finish, legend_beside, new_axes, styles, with_count
 
 BAR = 0.16
 """Width of a stacked bar, where time points are 1 apart."""
 PANEL_HEIGHT, PANEL_WIDTH = 3.0, 5.2
 UNKNOWN_COLOUR, MISSED = "0.75", "0.9"
+SIZES = (("1 cell", 1, 1), ("2 to 5", 2, 5), ("6 to 20", 6, 20), ("21 to 100", 21, 100), ("more", 101, float("inf")))
+"""Sizes of clones, as in the table of samples."""
+SIZE_COLOURS = ("#C6C6C6", "#A6CEE3", "#56B4E9", "#0072B2", "#D55E00")
 
 
 def colours(states: Sequence[str]) -> dict[str, str]:
@@ -182,3 +185,36 @@ def _ribbons(axes: Axes, weight_SS: np.ndarray[Any, Any], ends: tuple[float, flo
 def _legend(figure: Canvas, colour: dict[str, str]) -> None:
     handles = [Patch(color=shade, label=state) for state, shade in colour.items()]
     figure.legend(handles=handles, loc="outside right upper", fontsize=8, title="state", title_fontsize=8)
+
+
+def plot_clone_sizes(
+    states: Sequence[str] | pd.Series[Any],
+    sizes: pd.Series[Any],
+    order: Sequence[str] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw which share of each state's cells with a clone are in clones of which size.
+
+    Parameters
+    ----------
+    states
+        State of each cell with a clone.
+    sizes
+        Cells of its clone.
+    order
+        States from top to bottom; by default sorted. Those without cells are left out.
+    """
+    state_N, size_N = pd.Series(states).astype(str).to_numpy(), np.asarray(sizes, float)
+    shown = [state for state in (order or sorted(set(state_N))) if (state_N == state).any()]
+    ax = ax or new_axes(height=float(np.clip(1.6 + 0.34 * len(shown), 2.4, 14.0)))
+    y, left = np.arange(len(shown)), np.zeros(len(shown))
+    for colour, (name, least, most) in zip(SIZE_COLOURS, SIZES, strict=True):
+        within = (size_N >= least) & (size_N <= most)
+        share = np.array([float(within[state_N == state].mean()) for state in shown])
+        ax.barh(y, share, left=left, height=0.8, color=colour, label=name, edgecolor="white", linewidth=0.4)
+        left += share
+    ax.set_yticks(y, [with_count(state, int((state_N == state).sum())) for state in shown])
+    ax.set(xlim=(0, 1), ylim=(len(shown) - 0.4, -0.6), xlabel="Share of the cells with a clone")
+    ax.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
+    legend_beside(ax, ax.containers)
+    return finish(ax, "")

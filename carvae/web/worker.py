@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import resource
+import shlex
 import sys
 import threading
 from collections.abc import Callable
@@ -31,7 +32,8 @@ def main() -> None:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
         _be_first_to_go()
         import carvae.check
-        import carvae.predict  # noqa: F401 (slow to import: done before there is a task)
+        import carvae.predict
+        import carvae.report  # noqa: F401 (slow to import: done before there is a task)
 
         if line := sys.stdin.readline():
             _serve(Task.read(line), channel)
@@ -127,6 +129,7 @@ def _run(task: Task, tell: Tell) -> dict[str, Any]:
     from carvae.data.results import cells_path, samples_path
     from carvae.model.cell_clones import Asked
     from carvae.predict import run
+    from carvae.report import run as write_report
 
     tell({"stage": LABELLING, "share": SHARES[LABELLING][0]})
     low, high = SHARES[LABELLING]
@@ -138,13 +141,17 @@ def _run(task: Task, tell: Tell) -> dict[str, Any]:
     out = Path(task.result) / f"{task.stem}_carvae.h5ad"
     asked = Asked(None, config.clones, config.seed)
     run(Path(task.query), model, out, config.predict, label=True, asked=asked, progress=progress)
+    tell({"stage": REPORT, "share": SHARES[REPORT][0]})
+    page = out.with_name(f"{task.stem}_report.html")
+    command = shlex.join(["carvae", "report", out.name, "--model", model.name, "--out", page.name])
+    write_report(out, page, model=model, clones=config.clones, seed=config.seed, command=command)
     script = out.with_name(f"{task.stem}_repeat.sh")
     script.write_text(repeat_script(task), encoding="utf-8")
     samples = pd.read_csv(samples_path(out))
     shown = [name for name in ("sample", "n_cells", "n_cells_used", "verdict", "verdict_reason") if name in samples]
     rows = json.loads(samples[shown].to_json(orient="records"))
     results = {"annotated": out, "cells": cells_path(out), "samples": samples_path(out)}
-    results |= {"script": script}
+    results |= {"report": page, "script": script}
     return {"samples": rows, "results": {key: str(path) for key, path in results.items()}}
 
 

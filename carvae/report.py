@@ -1,0 +1,203 @@
+"""``carvae report``: one HTML file on an annotated sample, for those who look rather than program.
+
+The sections stand in `carvae.page`; here they are given what they are written from, and put in order.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from carvae import __version__
+from carvae.config import PredictConfig, label_file
+from carvae.data.atomic import replacing_file
+from carvae.data.readers import open_samples
+from carvae.errors import CarvaeError, ConfigError, CountsError, GeneError
+from carvae.labels.signatures import Signatures
+from carvae.model.bundle import Bundle, load
+from carvae.page import (
+    cellmap,
+    certainty,
+    clonal,
+    composition,
+    downloads,
+    evidence,
+    inputs,
+    limits,
+    outcomes,
+    quality,
+    reproduce,
+    verdicts,
+)
+from carvae.page.annotated import Annotated, read_annotated
+from carvae.page.blocks import Section
+from carvae.page.expression import Expression, read_expression
+from carvae.page.facts import MARKERS, Facts, several
+from carvae.page.layout import lay_out
+from carvae.page.render import Head, render
+from carvae.patient_config import ClonesConfig
+from carvae.respond import cells_of, predicted
+from carvae.response.cells import described_query
+from carvae.section_report import ReportConfig
+
+log = logging.getLogger(__name__)
+
+SECTIONS: tuple[Callable[[Facts], Section], ...] = (
+    verdicts.section,
+    inputs.section,
+    quality.section,
+    cellmap.section,
+    composition.section,
+    certainty.section,
+    evidence.section,
+    outcomes.section,
+    clonal.section,
+    limits.section,
+    reproduce.section,
+    downloads.section,
+)
+NO_MODEL = "No outcome is said, since the report was made without the model; give --model BUNDLE to carvae report."
+NO_RESPONDER = (
+    "No outcome is said, since this model has learned none; carvae train with respond.columns teaches it, where "
+    "there are "
+    "patients enough."
+)
+
+
+def run(
+    annotated: Path,
+    out: Path,
+    *,
+    model: Path | None = None,
+    config: ReportConfig | None = None,
+    clones: ClonesConfig | None = None,
+    seed: int = 0,
+    command: str | None = None,
+) -> Path:
+    """Write the report of an annotated file and return its path, ``out``.
+
+    Parameters
+    ----------
+    annotated
+        ``.h5ad`` or zarr that ``carvae annotate`` wrote, with its ``.samples.csv`` beside it.
+    out
+        The page, ``.html``: one file that opens without a network.
+    model
+        The bundle by which the file was annotated: adds its limits, what is usual among its training samples, its
+        scores, and outcomes where it predicts them.
+    config, clones
+        Settings; columns and order of time points are those of ``clones``.
+    seed
+        Of the choice of cells and of the map.
+    command
+        The command line that the page gives for writing it again; by default one with these paths.
+
+    Raises
+    ------
+    CarvaeError
+        The file was not annotated, or by another model; nothing is written then.
+    """
+    config, clones = config or ReportConfig(), clones or ClonesConfig()
+    _check_out(annotated, out)
+    cells = read_annotated(annotated, clones)
+    cells.author(config.label)
+    bundle = None if model is None else _bundle(model, cells)
+    panels = Signatures.read(label_file(config.markers)).items
+    genes = [*(gene for panel in panels for gene in panel.genes), *MARKERS, *config.genes]
+    expression, why = _expression(cells, tuple(dict.fromkeys(genes)))
+    if expression is not None and (absent := [gene for gene in config.genes if gene in expression.missing]):
+        raise GeneError(f"report.genes names {absent[0]!r}, and {annotated} has no such gene")
+    training = None if bundle is None or bundle.trust is None else bundle.trust.reference.sample_MK
+    log.info("laying out %s", several(cells.n_cells, "cell"))
+    layout = lay_out(cells, config.max_cells, training, seed)
+    said, refused = _outcomes(cells, bundle, seed)
+    facts = Facts(
+        cells=cells,
+        expression=expression,
+        no_expression=why,
+        bundle=bundle,
+        layout=layout,
+        panels=panels,
+        config=config,
+        clones=clones,
+        seed=seed,
+        command=command or _command(annotated, out, model),
+        outcomes=said,
+        no_outcomes=refused,
+    )
+    sections = [write(facts) for write in SECTIONS]
+    with replacing_file(out) as scratch:
+        scratch.write_text(render(_head(facts), sections), encoding="utf-8")
+    log.info("wrote %s", out)
+    return out
+
+
+def _check_out(annotated: Path, out: Path) -> None:
+    if not out.name.endswith((".html", ".htm")):
+        raise ConfigError(f"--out {str(out)!r} is no page; end it in .html")
+    if out.is_dir():
+        raise ConfigError(f"--out {str(out)!r} is a folder; name a file in it")
+    if annotated.suffix == ".zarr" and annotated.resolve() in out.resolve().parents:
+        raise ConfigError(f"--out {str(out)!r} lies in the store that is reported on; choose another folder")
+
+
+def _bundle(model: Path, cells: Annotated) -> Bundle:
+    bundle = load(model)
+    if bundle.bundle_id != cells.made["bundle_id"]:
+        raise ConfigError(
+            f"{cells.path} was annotated by the model {cells.made['bundle_id']}, and {model} is {bundle.bundle_id}; "
+            "give "
+            "the model that it was annotated by, or annotate again"
+        )
+    return bundle
+
+
+def _expression(cells: Annotated, genes: tuple[str, ...]) -> tuple[Expression | None, str]:
+    """The counts of some genes, or why there are none."""
+    try:
+        return read_expression(cells.path, str(cells.settings.get("counts", "auto")), genes), ""
+    except CountsError:
+        where = f"{cells.path.name} holds no raw counts any more"
+        return None, f"{where}, so no gene can be shown; report on the file as carvae annotate wrote it."
+
+
+def _outcomes(cells: Annotated, bundle: Bundle | None, seed: int) -> tuple[pd.DataFrame | None, str]:
+    """What the model predicts of the patients, or the sentence by which it refuses."""
+    if bundle is None:
+        return None, NO_MODEL
+    if bundle.responder is None or bundle.tree is None:
+        return None, NO_RESPONDER
+    predict = PredictConfig.model_validate(cells.settings)
+    try:
+        sources = open_samples(cells.path, counts=predict.counts)
+        obs = cells_of(sources, predict.sample)
+        described = described_query(bundle, sources, obs["sample"].to_numpy(str), predict, seed)
+        return predicted(bundle, described, obs)[0], ""
+    except CarvaeError as error:
+        return None, f"No outcome is said: {error}."
+
+
+def _command(annotated: Path, out: Path, model: Path | None) -> str:
+    words = ["carvae", "report", str(annotated), "--out", str(out)]
+    return shlex.join([*words, *([] if model is None else ["--model", str(model)])])
+
+
+def _head(facts: Facts) -> Head:
+    cells = facts.cells
+    unknown = int(np.sum(facts.unknown_N))
+    patients = cells.known("patient")
+    of = "" if patients is None else f" of {several(patients.nunique(), 'patient')}"
+    return Head(
+        title=f"carvae report: {cells.path.stem}",
+        introduction=(
+            f"{several(cells.n_cells, 'cell')} in {several(len(cells.sample_names), 'sample')}{of}, labelled by the "
+            "model "
+            f"{cells.made['bundle_id']}; {unknown:,} are unknown to it. For research only: it is no diagnostic."
+        ),
+        footer=f"Written by carvae {__version__}. The page is one file and asks the network for nothing.",
+    )
