@@ -22,6 +22,7 @@ import anndata as ad
 import httpx
 import pandas as pd
 import pytest
+from app_server import PATIENCE_S, started
 from trained import World
 
 from carvae.app import Address, run
@@ -37,7 +38,6 @@ from carvae.web.workers import Workers
 LIMITS = Limits(
     max_upload=100_000, header_s=0.5, silence_s=0.5, parallel_uploads=1, upload_wait_s=0.3, max_body=2000, grace_s=60
 )
-PATIENCE_S = 120
 PATHS = [
     "/",
     "/api/about",
@@ -409,20 +409,10 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    folder = tmp_path_factory.mktemp("tmp")
-    command = [sys.executable, "-m", "carvae", "app", "--model", str(world.bundle), "--port", "0", "--no-browser", "-q"]
-    environment = {**os.environ, "TMPDIR": str(folder)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stdout is not None
-        url = process.stdout.readline().strip()
-        base = url.split("/?")[0]
-        client = httpx.Client(base_url=base, headers={"origin": base}, timeout=PATIENCE_S)
-        assert client.get(url).status_code == 200
-        yield Served(process, client, folder)
-        client.close()
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=PATIENCE_S) == 0
-    assert not list(folder.glob("carvae-app-*")), "files are left behind"
+    with started(world.bundle, tmp_path_factory.mktemp("tmp")) as page:
+        with httpx.Client(base_url=page.base, headers={"origin": page.base}, timeout=PATIENCE_S) as client:
+            assert client.get(page.url).status_code == 200
+            yield Served(page.process, client, page.folder)
 
 
 @pytest.mark.slow
