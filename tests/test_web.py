@@ -277,9 +277,18 @@ def test_what_makes_no_job_leaves_nothing(jobs: Jobs, files: list[tuple[str, int
 def test_all_jobs_together_are_bounded(tmp_path: Path) -> None:
     jobs = Jobs(tmp_path, Limits(max_upload=100, stored_factor=2, max_jobs=3))
     first, second = (jobs.add("me", "model", [("a.h5ad", 100)]) for _ in range(2))
+    first.uploads[0].received = second.uploads[0].received = 1
     with pytest.raises(ReadError, match="as many files as it may"):
         jobs.add("you", "model", [("a.h5ad", 1)])
     first.end(State.CANCELLED)
+    third = jobs.add("you", "model", [("a.h5ad", 1)])
+    result = third.folder / "result" / "x"
+    result.write_bytes(bytes(100))
+    third.results = {"annotated": result}
+    third.end(State.DONE)
+    with pytest.raises(ReadError, match="as many files as it may"):
+        jobs.need_room(1)
+    jobs.remove(third)
     jobs.add("you", "model", [("a.h5ad", 1)])
     jobs.remove(second)
     jobs.add("you", "model", [])

@@ -91,9 +91,11 @@ class Job:
     finished: float | None = None
 
     @property
-    def size(self) -> int:
-        """Bytes of the upload as announced."""
-        return sum(upload.size for upload in self.uploads)
+    def stored(self) -> int:
+        """Bytes on the disk, of uploads that have begun as many as they will be."""
+        if self.state in ENDED:
+            return sum(path.stat().st_size for path in self.results.values())
+        return sum(upload.size for upload in self.uploads if upload.received)
 
     def say(self, message: str) -> None:
         """Keep a message for the user; the first ones, if there are very many."""
@@ -167,6 +169,14 @@ class Jobs:
         self.by_id.pop(job.id, None)
         shutil.rmtree(job.folder, ignore_errors=True)
 
+    def need_room(self, total: int) -> None:
+        """Raise ReadError where so many bytes more have no room."""
+        limits = self.limits
+        if total + sum(job.stored for job in self.by_id.values()) > limits.stored_factor * limits.max_upload:
+            raise ReadError("the page holds as many files as it may; remove jobs that are done")
+        if shutil.disk_usage(self.root).free < ROOM_LEFT * total:
+            raise ReadError(f"the disk has no room for {size_text(total)} and results; make room in {self.root.parent}")
+
     def _check(self, files: Sequence[tuple[str, int]]) -> None:
         if len(self.by_id) >= self.limits.max_jobs:
             raise ConfigError(f"{len(self.by_id)} jobs are kept already; remove some that are done")
@@ -182,11 +192,7 @@ class Jobs:
                 f"{name} has {size_text(total)}, and this page takes {size_text(limits.max_upload)}; start it "
                 f"as `carvae app --max-upload {-(-total >> 30) + 1}GB`, or use `carvae annotate`, which has no limit"
             )
-        stored = total + sum(job.size for job in self.by_id.values() if job.state is not State.CANCELLED)
-        if stored > limits.stored_factor * limits.max_upload:
-            raise ReadError("the page holds as many files as it may; remove jobs that are done")
-        if shutil.disk_usage(self.root).free < ROOM_LEFT * total:
-            raise ReadError(f"the disk has no room for {size_text(total)} and results; make room in {self.root.parent}")
+        self.need_room(total)
 
 
 def _check_kinds(files: Sequence[tuple[str, int]], limits: Limits) -> None:

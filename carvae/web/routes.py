@@ -178,6 +178,7 @@ async def receive_file(desk: Desk, request: Request) -> Response:
     upload, limits = job.uploads[number], desk.site.limits
     if request.headers.get("content-length", str(upload.size)) != str(upload.size):
         raise Refusal(413, f"{upload.given} was announced with {size_text(upload.size)}, and is of another size.")
+    desk.jobs.need_room(upload.size)
     try:
         await asyncio.wait_for(desk.receiving.acquire(), limits.upload_wait_s)
     except TimeoutError:

@@ -54,6 +54,10 @@ def _serve(task: Task, channel: TextIO) -> None:
         tell({"error": handler.plain(str(error))})
     except MemoryError:
         tell({"error": memory_sentence(task.name)})
+    except RuntimeError as error:  # torch's word for it
+        if "allocate memory" not in str(error):
+            raise
+        tell({"error": memory_sentence(task.name)})
     except OSError as error:
         place = f": {Path(os.fsdecode(error.filename)).name}" if error.filename else ""
         tell({"error": handler.plain(f"{error.strerror or error}{place}")})
@@ -171,7 +175,8 @@ def _bound_memory(task: Task) -> None:
 
 def _follow_server() -> None:
     """End at once where the server is gone: its end of the pipe is closed then."""
-    sys.stdin.read()
+    while os.read(sys.stdin.fileno(), 4096):  # not through sys.stdin, whose lock the interpreter wants when it ends
+        pass
     os._exit(1)
 
 
