@@ -123,11 +123,15 @@ class TrainConfig(Section):
     weight_decay: float = Field(1e-6, ge=0)
     """L2 penalty of Adam."""
     kl_warmup: Fraction = 0.2
-    """Share of the steps over which the KL weight rises from 0 to ``kl_weight``."""
+    """Share of the steps over which ``kl_weight`` and ``align_weight`` rise from 0."""
     kl_weight: float = Field(1.0, ge=0)
     """Weight of the KL term after the warm-up."""
     label_weight: float = Field(50.0, ge=0)
     """Weight of the label loss (nats per labelled cell) against the ELBO (nats per cell)."""
+    align_weight: float = Field(0.0, ge=0)
+    """Weight of a penalty on batches that put the same state at different places: the squared distance of their means,
+    in units of the latent variance. It mixes batches within states; within a state it also takes away what truly
+    differs between them, so leave it at 0 where that is looked for."""
     class_balance: Fraction = 0.5
     """0 weighs every labelled cell alike, 1 every class alike; between: weight = count ** -class_balance."""
     weak_weight: Fraction = 0.3
@@ -174,9 +178,9 @@ class TrainConfig(Section):
     wandb: Literal["offline", "online", "disabled"] = "offline"
     """Weights & Biases: offline needs no account and no network."""
 
-    def kl_weight_at(self, progress: float) -> float:
-        """Weight of the KL term when this share of the steps is done."""
-        return self.kl_weight * (min(1.0, progress / self.kl_warmup) if self.kl_warmup else 1.0)
+    def warmth(self, progress: float) -> float:
+        """Share of their full weight that the KL term and the alignment have when this share of the steps is done."""
+        return min(1.0, progress / self.kl_warmup) if self.kl_warmup else 1.0
 
 
 class PredictConfig(Section):

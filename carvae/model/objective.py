@@ -25,6 +25,7 @@ from carvae.data.loader import CellData, Chunks, Minibatch, MinibatchLoader, Thi
 from carvae.data.split import PatientSplit
 from carvae.errors import TrainError
 from carvae.model import processes
+from carvae.model.alignment import state_gap
 from carvae.model.cohort import Cohort
 from carvae.model.cuda_graph import GraphedStep
 from carvae.model.heads import label_loss
@@ -72,6 +73,7 @@ class Objective(lightning.LightningModule):
         train = config.train
         self.thin = Thinning(train.thinning, train.min_depth, train.gene_dropout, train.max_gene_dropout)
         self.register_buffer("kl_weight", torch.zeros(()), persistent=False)  # on the device, where a graph reads it
+        self.register_buffer("warmth", torch.zeros(()), persistent=False)
         self._graphed: GraphedStep | None = None
         self.scores: dict[str, AxisScores] = {}
         self._sums: dict[str, Tensor] = {}
@@ -111,8 +113,9 @@ class Objective(lightning.LightningModule):
         for batch in batches:
             done = self.global_step
             seed_step(self.config.seed, done, self.device)
-            kl_weight = self.config.train.kl_weight_at((done + 1) / self.n_steps)  # full even for one step
-            self.get_buffer("kl_weight").fill_(kl_weight)
+            warmth = self.config.train.warmth((done + 1) / self.n_steps)  # full even for one step
+            self.get_buffer("warmth").fill_(warmth)
+            self.get_buffer("kl_weight").fill_(warmth * self.config.train.kl_weight)
             if self._graphed is None:
                 self._accumulate(self._optimise(batch), batch)
             else:
@@ -189,7 +192,20 @@ class Objective(lightning.LightningModule):
             labels = batch.code_NA[:, a], self.get_buffer(f"allowed_{a}"), batch.weight_NA[:, a]
             parts[f"label_{axis}"] = label_loss(log_probability_NS, *labels)
             loss = loss + self.config.train.label_weight * parts[f"label_{axis}"]
+        if self.config.train.align_weight and thin is not None:
+            parts["gap"] = self._gap(posterior.mean_NK, answer, batch)
+            loss = loss + self.config.train.align_weight * self.get_buffer("warmth") * parts["gap"]
         return loss, parts, answer
+
+    def _gap(self, z_NK: Tensor, answer: dict[str, Tensor], batch: Minibatch) -> Tensor:
+        """How far the batches of a state lie apart, the mean over axes of labels and covariates of several batches."""
+        gaps = [
+            state_gap(z_NK, log_NS.exp(), batch.covariate_NC[:, c], n)
+            for c, n in enumerate(self.network.vae.decoder.n_trained.values())
+            if n > 1
+            for log_NS in answer.values()
+        ]
+        return torch.stack(gaps).mean() if gaps else z_NK.new_zeros(())
 
     def _optimise(self, batch: Minibatch) -> dict[str, Tensor]:
         """One optimiser step; returns the terms of the loss."""
