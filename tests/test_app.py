@@ -1,28 +1,19 @@
-"""The web page's server: who may talk to it, what it takes, and what becomes of jobs."""
+"""The web page's server: who may talk to it, and what it takes. What becomes of jobs is in ``test_app_jobs.py``."""
 
 from __future__ import annotations
 
-import http.client
-import json
 import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import anndata as ad
 import httpx
-import pandas as pd
 import pytest
-from app_server import PATIENCE_S, started
 from trained import World
 
 from carvae.app import Address, run
@@ -38,6 +29,7 @@ from carvae.web.workers import Workers
 LIMITS = Limits(
     max_upload=100_000, header_s=0.5, silence_s=0.5, parallel_uploads=1, upload_wait_s=0.3, max_body=2000, grace_s=60
 )
+PATIENCE_S = 120
 PATHS = [
     "/",
     "/api/about",
@@ -381,120 +373,3 @@ def test_a_folder_of_a_killed_server_goes_and_that_of_a_living_one_stays(
         assert one.exists()
         assert two.stat().st_mode & 0o777 == 0o700
     assert [p.name for p in tmp_path.iterdir()] == ["carvae-app-link"]
-
-
-# --- jobs, in processes ---
-
-
-@dataclass(frozen=True, slots=True)
-class Served:
-    """``carvae app`` as a user starts it."""
-
-    process: subprocess.Popen[str]
-    client: httpx.Client
-    folder: Path
-
-    def give(self, path: Path, name: str | None = None) -> str:
-        """Upload a file; returns the job's id."""
-        content = path.read_bytes()
-        files = [{"name": name or path.name, "size": len(content)}]
-        job: str = self.client.post("/api/jobs", json={"files": files}).json()["id"]
-        assert self.client.put(f"/api/jobs/{job}/files/0", content=content).status_code == 200
-        return job
-
-    def until(self, job: str, *states: str) -> dict[str, Any]:
-        """What is told of a job once it is in one of the states."""
-        return _until(self.client, job, *states)
-
-
-@pytest.fixture(scope="module")
-def served(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with started(world.bundle, tmp_path_factory.mktemp("tmp")) as page:
-        with httpx.Client(base_url=page.base, headers={"origin": page.base}, timeout=PATIENCE_S) as client:
-            assert client.get(page.url).status_code == 200
-            yield Served(page.process, client, page.folder)
-
-
-@pytest.mark.slow
-def test_the_demo_from_button_to_downloads(served: Served, tmp_path: Path) -> None:
-    job = served.client.post("/api/jobs", json={"demo": True}).json()["id"]
-    found = served.until(job, "ready")["found"]
-    assert found["cells"] == 1200
-    assert found["genes"]["overlap"] == 1.0
-    assert found["query"] == "demo"
-    assert served.client.post(f"/api/jobs/{job}/start", json={}).status_code == 200
-    told = served.until(job, "done")
-    assert [row["n_cells"] for row in told["samples"]] == [300] * 4
-    assert set(told["downloads"]) == {"annotated", "cells", "samples", "report", "script"}
-    for key, told_of in told["downloads"].items():
-        answer = served.client.get(f"/jobs/{job}/files/{key}")
-        assert answer.headers["content-disposition"].startswith("attachment")
-        assert len(answer.content) == told_of["size"]
-        (tmp_path / told_of["name"]).write_bytes(answer.content)
-    annotated = ad.read_h5ad(tmp_path / "demo_carvae.h5ad")
-    assert annotated.n_obs == 1200
-    cells = pd.read_csv(tmp_path / "demo_carvae.cells.csv.gz")
-    assert list(cells["carvae_state"]) == list(annotated.obs["carvae_state"].astype(str))
-    report = served.client.get(f"/jobs/{job}/report")
-    assert "sandbox" in report.headers["content-security-policy"]
-    assert "allow-same-origin" not in report.headers["content-security-policy"]
-    assert str(served.folder) not in json.dumps(told)
-    assert served.client.get(f"/jobs/{job}/files/..%2Fheld").status_code == 404
-
-
-@pytest.mark.slow
-def test_bad_files_end_in_the_sentence_of_the_command_line(served: Served, world: World, tmp_path: Path) -> None:
-    whole = world.query_path.read_bytes()
-    (tmp_path / "cut.h5ad").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "text.h5ad").write_text("<html>not found</html>")
-    with zipfile.ZipFile(tmp_path / "out.zip", "w") as packed:
-        packed.writestr("../../evil.h5ad", whole)
-    jobs = {name: served.give(tmp_path / name) for name in ("cut.h5ad", "text.h5ad", "out.zip")}
-    said = {name: served.until(job, "failed")["error"] for name, job in jobs.items()}
-    assert "cut.h5ad" in said["cut.h5ad"]
-    assert "is a web page, not data" in said["text.h5ad"]
-    assert "points out of its folder" in said["out.zip"]
-    for sentence in said.values():
-        assert str(served.folder) not in sentence
-        assert "Traceback" not in sentence
-    assert not list(served.folder.rglob("evil*"))
-
-
-def _children(parent: int) -> set[int]:
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True, text=True, check=False)
-    return {int(word) for word in found.stdout.split()}
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes as Linux has them")
-def test_a_job_that_dies_or_is_cancelled_takes_nothing_with_it(served: Served, world: World) -> None:
-    first = served.give(world.query_path)
-    served.until(first, "ready")
-    second = served.give(world.query_path)
-    served.until(second, "ready")
-    for job in (first, second):
-        served.client.post(f"/api/jobs/{job}/start", json={})
-    served.until(first, "running")
-    assert served.client.get(f"/api/jobs/{second}").json()["ahead"] == 1
-    assert served.client.post(f"/api/jobs/{first}/cancel", json={}).json()["state"] == "cancelled"
-    served.until(second, "running")
-    for child in _children(served.process.pid):
-        os.kill(child, signal.SIGKILL)
-    assert "more memory than this machine has free" in served.until(second, "failed")["error"]
-    third = served.give(world.query_path, "again.h5ad")
-    assert served.until(third, "ready")["found"]["cells"] == world.query.n_obs
-    assert served.client.delete(f"/api/jobs/{third}").status_code == 200
-    assert not list(served.folder.glob("carvae-app-*/*/query/*"))
-
-
-@pytest.mark.slow
-def test_a_connection_that_is_no_http_does_not_matter(served: Served) -> None:
-    port = served.client.base_url.port
-    assert port is not None
-    for noise in (b"\x16\x03\x01\x02\x00", os.urandom(2000), b"GET /" + b"a" * 100_000):
-        with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as connection:
-            connection.sendall(noise)
-    connection_of = http.client.HTTPConnection("127.0.0.1", port)
-    connection_of.request("GET", "/", headers={"cookie": "carvae=" + "x" * 5000})
-    assert connection_of.getresponse().status == 403
-    assert served.client.get("/api/about").status_code == 200

@@ -22,7 +22,8 @@ from carvae.web.script import repeat_script
 from carvae.web.task import Task
 
 LABELLING, REPORT = "Labelling cells", "Drawing the report"
-SHARES = {LABELLING: (0.02, 0.7), REPORT: (0.7, 1.0)}
+STARTED, LABELLED, LAID_OUT = 0.02, 0.3, 0.5
+"""Shares of the work that are done when labelling begins, when the report begins, and when its map is laid out."""
 Tell = Callable[[dict[str, Any]], None]
 
 
@@ -135,27 +136,34 @@ def _run(task: Task, tell: Tell) -> dict[str, Any]:
     from carvae.predict import run
     from carvae.report import run as write_report
 
-    tell({"stage": LABELLING, "share": SHARES[LABELLING][0]})
-    low, high = SHARES[LABELLING]
+    tell({"stage": LABELLING, "share": STARTED})
 
-    def progress(done: int, n_cells: int) -> None:
-        tell({"stage": LABELLING, "share": low + (high - low) * done / n_cells, "cells": [done, n_cells]})
+    def labelled(done: int, n_cells: int) -> None:
+        share = STARTED + (LABELLED - STARTED) * done / n_cells
+        tell({"stage": LABELLING, "share": share, "cells": [done, n_cells]})
+
+    def drawn(done: int, n_sections: int) -> None:
+        tell({"stage": REPORT, "share": LAID_OUT + (1 - LAID_OUT) * done / n_sections})
 
     config, model = Config.parse(task.settings), Path(task.model)
     out = Path(task.result) / f"{task.stem}_carvae.h5ad"
     asked = Asked(None, config.clones, config.seed)
-    run(Path(task.query), model, out, config.predict, label=True, asked=asked, progress=progress)
-    tell({"stage": REPORT, "share": SHARES[REPORT][0]})
+    run(Path(task.query), model, out, config.predict, label=True, asked=asked, progress=labelled)
+    tell({"stage": REPORT, "share": LABELLED})
     page = out.with_name(f"{task.stem}_report.html")
     command = shlex.join(["carvae", "report", out.name, "--model", model.name, "--out", page.name])
-    write_report(out, page, model=model, clones=config.clones, seed=config.seed, command=command)
+    results = {"annotated": out, "cells": cells_path(out), "samples": samples_path(out)}
+    try:
+        write_report(out, page, model=model, clones=config.clones, seed=config.seed, command=command, progress=drawn)
+        results["report"] = page
+    except CarvaeError as error:  # the cells are labelled, and that is not to be lost
+        tell({"say": f"there is no report: {error}"})
     script = out.with_name(f"{task.stem}_repeat.sh")
     script.write_text(repeat_script(task), encoding="utf-8")
-    samples = pd.read_csv(samples_path(out))
+    samples = pd.read_csv(samples_path(out), dtype={"sample": str}, na_filter=False)
     shown = [name for name in ("sample", "n_cells", "n_cells_used", "verdict", "verdict_reason") if name in samples]
     rows = json.loads(samples[shown].to_json(orient="records"))
-    results = {"annotated": out, "cells": cells_path(out), "samples": samples_path(out)}
-    results |= {"report": page, "script": script}
+    results["script"] = script
     return {"samples": rows, "results": {key: str(path) for key, path in results.items()}}
 
 

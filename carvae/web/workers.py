@@ -22,9 +22,10 @@ from carvae.web.worker import memory_sentence
 
 log = logging.getLogger(__name__)
 
-BESIDE_S = 15.0
-"""Expected time of what is not labelling: starting, writing, drawing the report. Jobs that are done correct it."""
-LEARNED = 0.3
+BESIDE_S, BESIDE_PER_CELL_S = 25.0, 0.004
+"""Time of what is not labelling, as measured on one core: starting, writing, drawing the report."""
+LEARNED = 0.5
+"""How much a job that is done says of how fast this machine is."""
 FAULT = (
     "carvae stopped at this file without saying why (exit status {status}); that is a fault of carvae: please report "
     "it with the lines below"
@@ -71,7 +72,7 @@ class Workers:
         self.looking, self.running = Lane("look", limits.check_s), Lane("run", limits.run_s)
         self.lanes = (self.looking, self.running)
         self.spare: Process | None = None
-        self.beside_s = BESIDE_S
+        self.pace = 1.0
         self.tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -150,11 +151,11 @@ class Workers:
         """Say how long a job will take, and learn from one that is done."""
         if job.found is None:
             return
-        labelling = float(job.found["seconds"])
+        usual_s = float(job.found["seconds"]) + BESIDE_S + BESIDE_PER_CELL_S * int(job.found["cells"])
         if job.state is State.READY:
-            job.expected_s = labelling + self.beside_s
+            job.expected_s = self.pace * usual_s
         elif job.state is State.DONE and job.started and job.finished:
-            self.beside_s += LEARNED * (job.finished - job.started - labelling - self.beside_s)
+            self.pace += LEARNED * ((job.finished - job.started) / usual_s - self.pace)
 
     def _task(self, lane: Lane, job: Job) -> Task:
         return Task(

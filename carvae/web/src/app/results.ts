@@ -65,7 +65,10 @@ function downloads(job: Job): HTMLElement {
 }
 
 function report(job: Job): HTMLElement[] {
-  if (!("report" in job.downloads)) return [];
+  if (!("report" in job.downloads)) {
+    const why = job.messages.find((message) => message.startsWith("there is no report"));
+    return [h("p", { class: "alert" }, why ?? "There is no report.")];
+  }
   const address = `/jobs/${job.id}/report`;
   return [
     h("h2", {}, "The report"),
