@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -50,7 +52,13 @@ StudyName = Annotated[
     str,
     typer.Argument(metavar="STUDY", help="Name in the catalogue, or accession.", autocompletion=_studies_from),
 ]
+GATE_FAILED = 4
 Out = Annotated[Path, typer.Option(help="Result: .h5ad, .zarr, .csv or .csv.gz; - prints a table.")]
+FULL = "; nothing was changed: make room, and give the same command again"
+REMEDY = {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EFBIG: FULL, errno.EROFS: "; choose another output"}
+"""What to do about an error of the system."""
+OUT_OF_MEMORY = re.compile("not enough memory|can't allocate memory|out of memory", re.IGNORECASE)
+"""What torch says instead of a MemoryError."""
 
 
 @app.callback(invoke_without_command=True)
@@ -245,7 +253,6 @@ def report(
     run(annotated, out, model=model, config=settings.report, clones=settings.clones, seed=settings.seed, command=told)
 
 
-@app.command()
 @verb_of_queries("perturb.", "predict.", "seed=")
 def perturb(
     settings: Config,
@@ -261,6 +268,33 @@ def perturb(
         lambda bundle: perturb.refuse(bundle, out),
         rows=perturb.STATES,
     )
+
+
+@app.command()
+def compare(
+    a: Annotated[
+        Path, typer.Argument(metavar="A", help="Reference: annotated file, its table of samples, or a folder.")
+    ],
+    b: Annotated[
+        Path, typer.Argument(metavar="B", help="What is compared with it; the same file for two time points.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for compare.csv, metrics.json, compare.png (and gate.csv).")],
+    overrides: Overrides = None,
+    gate: Annotated[
+        Path | None, typer.Option(help="Limits that B must keep, as configs/gates/release.yaml; else exit code 4.")
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Two runs, lots or time points side by side, with intervals, and a pass or fail for a release."""
+    settings = start(quiet, None, only(overrides, "compare.", "seed="))
+    from carvae.compare import METRICS, run
+
+    compared = run(a, b, out, settings.compare, gate, settings.seed)
+    if as_json:
+        print(json.dumps(json.loads((compared.out / METRICS).read_text(encoding="utf-8"))))
+    if not compared.passed:
+        raise typer.Exit(GATE_FAILED)
 
 
 @app.command()
@@ -346,7 +380,12 @@ def main() -> None:
     except CarvaeError as error:
         _fail(str(error))
     except OSError as error:
-        _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
+        said = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
+        _fail(f"{said}{REMEDY.get(error.errno or 0, '')}")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+            raise
+        _fail("there is not enough memory; lower the chunk_size of the verb, or give it a machine with more")
 
 
 def _fail(message: str) -> None:

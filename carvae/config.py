@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 from carvae.errors import ConfigError, join_problems
 from carvae.patient_config import CarConfig, ClonesConfig
 from carvae.section import Section, apply, read_yaml, sentence
+from carvae.section_compare import CompareConfig
 from carvae.section_report import ReportConfig
 from carvae.section_respond import PerturbConfig, RespondConfig
 
@@ -314,6 +315,7 @@ class Config(Section):
     explain: ExplainConfig = Field(default_factory=ExplainConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     clones: ClonesConfig = Field(default_factory=ClonesConfig)
+    compare: CompareConfig = Field(default_factory=CompareConfig)
     respond: RespondConfig = Field(default_factory=RespondConfig)
     report: ReportConfig = Field(default_factory=ReportConfig)
     perturb: PerturbConfig = Field(default_factory=PerturbConfig)

@@ -16,6 +16,7 @@ from typing import Any
 from carvae import __version__
 from carvae.config import Config, EvaluateConfig
 from carvae.data.atomic import alone, replacing_folder
+from carvae.data.spreadsheet import write_table
 from carvae.errors import ConfigError, EvaluateError, nearest
 from carvae.evaluation import figures, ledger, response_report, runs
 from carvae.evaluation.baselines import NO_CELLTYPIST
@@ -186,7 +187,7 @@ def write(metrics: dict[str, Any], config: Config) -> None:
     with replacing_folder(config.output) as scratch:
         drawn = figures.draw(metrics, scratch)
         (scratch / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
-        table_of(metrics).to_csv(scratch / "table.csv", index=False)
+        write_table(table_of(metrics), scratch / "table.csv")
         (scratch / "card.md").write_text(write_card(metrics, drawn), encoding="utf-8")
 
 

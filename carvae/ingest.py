@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from carvae import __version__
 from carvae.config import Config, IngestConfig, StudyConfig, label_file
 from carvae.data.atomic import alone, replacing_file, replacing_folder
-from carvae.data.genes import GeneTable, ResolvedGenes, align
+from carvae.data.genes import GeneTable, ResolvedGenes, align, mouse_genes_beside_human
 from carvae.data.panel import Panel, choose_panel
 from carvae.data.readers import CountsSource, open_samples
 from carvae.data.schema import check_studies, inspect_obs
@@ -164,6 +164,11 @@ def _genes(source: CountsSource) -> ResolvedGenes:
     """The genes of a file; raises GeneError where they are no human genes."""
     table = GeneTable.default()
     resolved = table.resolve(source.genes, source.gene_ids)
+    if n_mouse := mouse_genes_beside_human(resolved):
+        raise GeneError(
+            f"{source.name} holds {n_mouse:,} mouse genes beside its human ones; keep the human genes, and the cells "
+            "that have counts in them"
+        )
     try:
         align(resolved, sorted(table.symbols))
     except GeneError as error:

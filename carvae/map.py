@@ -28,7 +28,8 @@ from carvae.data.readers import CountsSource, open_samples
 from carvae.data.schema import inspect_obs, raise_problems
 from carvae.data.spreadsheet import write_table
 from carvae.errors import BundleError, ConfigError, CountsError
-from carvae.model.bundle import Bundle, check_place
+from carvae.model.bundle import Bundle
+from carvae.model.bundle_files import check_place
 from carvae.model.machine import load_on
 from carvae.model.mapping import Cells, RowFit
 from carvae.model.query import Query, Samples, order_within, read

@@ -194,7 +194,7 @@ def _write(work: Pass, model: Path, out: Path, progress: Progress | None) -> Non
         sources, late = work.confirmed(), work.late_results()
         writer.finish(sources, late.obs, work.uns(sources, late.obs))
         if table is not None and work.table is not None:
-            frame = work.table.frame(late.samples)
+            frame = work.table.frame(late.samples).assign(model=work.bundle.bundle_id)
             write_table(frame, table)
             if "verdict" in frame:
                 for row in frame[frame["verdict"] != IN_RANGE].itertuples():

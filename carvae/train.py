@@ -13,8 +13,10 @@ import hashlib
 import json
 import logging
 import math
+import random
 import shutil
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -38,7 +40,8 @@ from carvae.ingest import run as ingest
 from carvae.ingest import store_path, work_folder
 from carvae.labels.signatures import Signatures
 from carvae.model import processes
-from carvae.model.bundle import Bundle, Provenance, check_place, leaf_parts
+from carvae.model.bundle import Bundle, Provenance, leaf_parts
+from carvae.model.bundle_files import check_place
 from carvae.model.card import write_card
 from carvae.model.cohort import Cohort
 from carvae.model.gene_view import fit_gene_view
@@ -48,7 +51,7 @@ from carvae.model.objective import STEPS_PER_CALL, Objective
 from carvae.model.responder import Responder
 from carvae.model.response import HeadSettings
 from carvae.model.trainer import callbacks_of, finish, loggers_of, quiet_lightning, start_processes, trainer_of
-from carvae.model.witness import Witness, learn, measure, reference_of, witness
+from carvae.model.witness import Witness, learn, measure, reference_of, usual_shares, witness
 from carvae.response.allowed import informative
 from carvae.response.cells import of_samples, patients_of_cohort
 from carvae.response.learn import learn as learn_outcomes
@@ -82,6 +85,22 @@ def run(config: Config) -> Path:
     if config.train.accelerator == "cuda" and not torch.cuda.is_available():
         raise TrainError("train.accelerator is cuda, but torch finds no CUDA device here; set train.accelerator=auto")
     start_processes(config)
+    with _callers_generators():
+        return _alone(config)
+
+
+@contextmanager
+def _callers_generators() -> Iterator[None]:
+    """Give the global generators back as they were: torch's is seeded here, and libraries draw from the others."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng():
+        yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])  # noqa: NPY002 - the global one is what is meant
+
+
+def _alone(config: Config) -> Path:
+    """Hold the output, bring its store up to date, and train."""
     try:
         processes.share(config)
         with alone(config.output) if processes.rank() == 0 else nullcontext():
@@ -126,6 +145,9 @@ def _run(config: Config) -> Path:
             reference = reference_of(result.network, cohort, known, config.ingest.identity_genes)
             bundle.trust = learn(witnesses, reference, config.train.unknown_rate)
             metrics["trust"] = measure(witnesses, config.train.unknown_rate)
+            if bundle.trust is not None and bundle.tree is not None:
+                leaves = {axis.name: axis.leaves for axis in bundle.tree.axes}
+                metrics["composition"] = usual_shares(witnesses, bundle.trust, leaves)
         if OUTCOME in config.respond.columns:
             bundle.responder = _responder(bundle, cohort, config)
         bundle.card = write_card(bundle)

@@ -10,6 +10,7 @@ check() {
 check ruff check
 check ruff format --check
 check mypy carvae
+check bash scripts/docs.sh
 check pytest -n 2 --dist loadfile "$@"  # a file at a time, since fixtures of a module are dear
 
 if [ ${#failed[@]} -gt 0 ]; then

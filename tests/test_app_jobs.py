@@ -36,7 +36,34 @@ FLAGS = (
     "--disable-sync --use-gl=angle --use-angle=swiftshader --enable-unsafe-swiftshader"
 ).split()
 LIMIT = 3 << 20
-EVIL = ("<script>window.hacked = 1</script>", '"><img src=x onerror="top.hacked = 1">')
+SCRIPTS = (
+    "<script>window.hacked=1</script>",
+    '"><img src=x onerror=window.hacked=1>',
+    "</script><script>window.hacked=1</script>",
+    "{{7*7}}",
+    "${7*7}",
+    "javascript:window.hacked=1",
+    "<svg/onload=window.hacked=1>",
+    "' onmouseover='window.hacked=1",
+    "\u202egnp.exe",
+    "a\r\nSet-Cookie: x=1",
+    "]]><script>window.hacked=1</script>",
+)
+FORMULAS = (
+    '=HYPERLINK("http://127.0.0.1/?"&A1)',
+    "+1+1",
+    "-2+3",
+    "@SUM(1)",
+    "\t=1",
+    "\r=1",
+    "=cmd|' /C calc'!A0",
+    ";=1",
+    "\uff1d1+1",
+)
+HOSTILE = (*SCRIPTS, *FORMULAS)
+"""Names of samples; by another project's list of what goes wrong in reports and tables."""
+CELLS = 8
+"""Of each of those samples."""
 PHONE = {"width": 390, "height": 800}
 pytestmark = pytest.mark.slow
 
@@ -104,19 +131,20 @@ def served(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 def done(served: Served, world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What is told of a job that was labelled to the end."""
     query = world.query.copy()
-    query.obs["library_id"] = pd.Categorical(np.where(np.arange(query.n_obs) % 2, *EVIL))
+    query.obs["library_id"] = pd.Categorical(np.array(HOSTILE, dtype=object)[np.arange(query.n_obs) // CELLS])
     path = tmp_path_factory.mktemp("evil") / "evil.h5ad"
     query.write_h5ad(path)
     job = served.give(path)
     found = served.until(job, "ready")["found"]
-    assert found["samples"] == dict.fromkeys(EVIL, query.n_obs // 2)
+    assert found["samples"] == dict.fromkeys(HOSTILE, CELLS)
     assert found["query"] == "evil.h5ad"
     assert served.client.post(f"/api/jobs/{job}/start", json={}).status_code == 200
     return served.until(job, "done")
 
 
 def test_what_was_labelled_can_be_taken_home(served: Served, done: dict[str, Any], tmp_path: Path) -> None:
-    assert [(row["sample"], row["n_cells"]) for row in done["samples"]] == [(name, 80) for name in sorted(EVIL)]
+    assert [row["n_cells"] for row in done["samples"]] == [CELLS] * len(HOSTILE)
+    assert {name for name in SCRIPTS if "\r" not in name} <= {row["sample"] for row in done["samples"]}
     assert set(done["downloads"]) == {"annotated", "cells", "samples", "report", "script"}
     for key, told in done["downloads"].items():
         answer = served.client.get(f"/jobs/{done['id']}/files/{key}")
@@ -126,6 +154,10 @@ def test_what_was_labelled_can_be_taken_home(served: Served, done: dict[str, Any
     annotated = ad.read_h5ad(tmp_path / "evil_carvae.h5ad")
     cells = pd.read_csv(tmp_path / "evil_carvae.cells.csv.gz")
     assert list(cells["carvae_state"]) == list(annotated.obs["carvae_state"].astype(str))
+    for table in ("evil_carvae.samples.csv", "evil_carvae.cells.csv.gz"):
+        names = pd.read_csv(tmp_path / table, dtype=str, na_filter=False)["sample"]
+        assert names.nunique() == len(HOSTILE)
+        assert not names.str.match(r"\s*[=+@;\uff1d-]").any(), "a formula is alive in a table"
     assert "carvae annotate evil.h5ad" in (tmp_path / "evil_repeat.sh").read_text()
 
 
@@ -246,18 +278,21 @@ def test_results_are_shown_and_hostile_names_are_only_text(
     assert "evil.h5ad" not in user.inner_text("main"), "another user sees it without the link"
     user.goto(f"{served.base}/#job/{done['id']}")
     user.wait_for_selector(".chip.done")
-    assert EVIL[0] in user.inner_text("main")
+    for name in SCRIPTS:
+        assert name.split("\r", maxsplit=1)[0] in user.inner_text("main")
     fits(user)
     report = user.frame_locator("iframe")
     report.locator("canvas").first.wait_for()
-    assert EVIL[0] in report.locator("body").inner_text()
+    assert SCRIPTS[0] in report.locator("body").inner_text()
+    for place in user.locator("tbody th").all():
+        place.hover()
     for frame in user.frames:
         assert frame.evaluate("typeof window.hacked") == "undefined"
     assert user.evaluate("document.querySelector('iframe').contentDocument") is None, "the report has no origin"
     with user.expect_download() as begun:
         user.get_by_role("link", name="evil_carvae.samples.csv").click()
     begun.value.save_as(tmp_path / "samples.csv")
-    assert set(pd.read_csv(tmp_path / "samples.csv")["sample"]) >= {EVIL[0]}
+    assert SCRIPTS[0] in set(pd.read_csv(tmp_path / "samples.csv")["sample"])
     with user.expect_download() as begun:
         report.get_by_role("button", name="CSV of all cells").click()
     assert begun.value.suggested_filename.endswith(".csv")
@@ -293,7 +328,7 @@ def test_wrong_and_large_files_are_refused_before_they_are_sent(user: Any, tmp_p
     assert "object.rds is an R object; write it as .h5ad" in alert(user)
     (tmp_path / "large.h5ad").write_bytes(bytes(LIMIT * 3 // 2))
     give(user, tmp_path / "large.h5ad")
-    user.wait_for_function("document.querySelector('.alert').textContent.startsWith('large')")
+    user.wait_for_selector(".alert:has-text('large.h5ad')")
     assert "large.h5ad has 4.5 MB, and this page takes 3 MB" in alert(user)
     assert user.query_selector("input[type=file]"), "another file can be given at once"
     fits(user)
@@ -338,7 +373,7 @@ def test_the_demo_by_keyboard(user: Any) -> None:
         user.keyboard.press("Tab")
     user.keyboard.press("Enter")
     user.wait_for_selector(".chip")
-    user.wait_for_function("document.activeElement.tagName === 'H1'")
+    user.wait_for_selector("h1:focus")
     user.wait_for_selector(".chip.ready")
     assert "1,200" in user.inner_text(".facts")
     user.get_by_role("button", name="Cancel").press("Enter")

@@ -21,7 +21,8 @@ from carvae.data.split import PatientSplit
 from carvae.errors import BundleError, GeneError
 from carvae.labels.tree import LabelTree
 from carvae.model import bundle as module
-from carvae.model.bundle import FILES, NO_HASH, Bundle, check_place, leaf_parts, load
+from carvae.model.bundle import Bundle, leaf_parts, load
+from carvae.model.bundle_files import FILES, NO_HASH, check_place
 from carvae.model.card import write_card
 from carvae.model.cohort import Cohort
 from carvae.model.held_out import held_out_metrics

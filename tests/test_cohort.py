@@ -239,7 +239,7 @@ def test_weights_are_taken_from_the_training_cells_alone(tmp_path: Path, obs: pd
 
 def test_genes_that_a_study_did_not_measure_are_masked_not_zero(tmp_path: Path) -> None:
     """Peer fault: zero-padding missing genes silently."""
-    both = pd.concat([obs_of({"a": 3}, "one", "x"), obs_of({"b": 3}, "two", "y")])
+    both = pd.concat([obs_of({"a": 3}, "one", "x"), obs_of({"b": 3}, "two", "y")]).assign(label=[*"xyxyxy"])
     measured = np.ones((2, 12), np.bool_)
     measured[1, 4:] = False
     config = Config.parse({"ingest": {"studies": {n: {"path": "p", "label": "label"} for n in ("one", "two")}}})
@@ -247,6 +247,24 @@ def test_genes_that_a_study_did_not_measure_are_masked_not_zero(tmp_path: Path) 
     data: CellData = cohort.data(np.arange(6), config)
     assert data.unmeasured_SG is not None
     assert data.unmeasured_SG[data.study_N].tolist() == [[False] * 12] * 3 + [[False] * 4 + [True] * 8] * 3
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [("xxxyyy", "each study bears one label and no two the same"), ("xwxyzy", None), ("xyxyyy", "")],
+)
+def test_labels_that_are_the_studies_by_other_words_are_refused(
+    tmp_path: Path, labels: str, said: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where labels are only nested it is a warning; where one is in both studies, nothing."""
+    both = pd.concat([obs_of({"a": 3}, "one"), obs_of({"b": 3}, "two")]).assign(label=[*labels])
+    config = Config.parse({"ingest": {"studies": {n: {"path": "p", "label": "label"} for n in ("one", "two")}}})
+    if said:
+        with pytest.raises(LabelError, match=said):
+            assembled(tmp_path, both, config)
+    else:
+        assembled(tmp_path, both, config)
+        assert ("no label occurs in two studies" in caplog.text) is (said is None)
 
 
 def test_without_labels_there_is_a_cohort_without_axes(tmp_path: Path) -> None:

@@ -125,6 +125,14 @@ def test_equal_totals_are_refused_as_normalised_and_the_next_place_is_tried() ->
     assert found.where == "place1"
 
 
+def test_counts_that_were_multiplied_are_refused() -> None:
+    counts = counts_of(60, 80)
+    find(counts)
+    with pytest.raises(CountsError, match="is multiplied: every value is a multiple of 10"):
+        find(10 * counts)
+    find(np.ones((40, 20)))  # equal totals of ones have no factor
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_log1p_cp10k_is_undone_to_the_very_counts(dtype: type) -> None:
     counts = counts_of(300, 400)

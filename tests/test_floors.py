@@ -20,20 +20,20 @@ ROOT = PACKAGE.parent
 # A folder or a module on top stands on one floor and imports only from the floors below.
 FLOOR = {
     "errors": 0,
-    **dict.fromkeys(("section", "patient_config", "section_respond", "section_report", "config"), 1),
+    **dict.fromkeys(("section", "patient_config", "section_respond", "section_report", "section_compare", "config"), 1),
     **dict.fromkeys(("data", "labels"), 2),
     **dict.fromkeys(("model", "plots"), 3),
     **dict.fromkeys(("response", "page"), 4),
     **dict.fromkeys(("ingest", "train", "predict", "map", "studies", "doctor"), 5),
-    **dict.fromkeys(("evaluation", "plan", "explain", "respond", "clones", "check"), 6),
-    **dict.fromkeys(("evaluate", "perturb", "report"), 7),
+    **dict.fromkeys(("evaluation", "plan", "explain", "respond", "clones", "check", "gate"), 6),
+    **dict.fromkeys(("evaluate", "perturb", "report", "compare"), 7),
     **dict.fromkeys(("demo", "web", "invocation"), 8),
     "app": 9,
     "cli": 10,
     "__main__": 11,
 }
 # Training rebuilds a store that is out of date; a config is made of sections.
-_SECTIONS = ("section", "patient_config", "section_respond", "section_report")
+_SECTIONS = ("section", "patient_config", "section_respond", "section_report", "section_compare")
 BESIDE = {("train", "ingest"), *((a, "section") for a in _SECTIONS[1:]), *(("config", a) for a in _SECTIONS)}
 ONLY_IN = {
     "lightning": {"model/objective.py", "model/trainer.py"},

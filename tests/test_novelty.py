@@ -90,6 +90,20 @@ def test_novelty_is_uniform_on_cells_like_the_held_out_ones_and_high_on_stranger
     assert scale.novelty(np.full((1, len(VIEWS)), 1.0), np.zeros(1, np.int64))[0] < 0.9
 
 
+@pytest.mark.parametrize("n", [15, 60, 300])
+def test_few_held_out_cells_hide_no_stranger_and_raise_few_false_alarms(n: int) -> None:
+    """Each view has a strangest held-out cell; with few cells these are more than the share called unknown."""
+    rng = np.random.default_rng(4)
+    stranger = np.full((1, len(VIEWS)), 2.0)
+    stranger[0, 2] = 1000.0
+    alarms = []
+    for _ in range(200):
+        scale = Scale.fit(rng.gamma(2.0, size=(n, len(VIEWS))), np.zeros(n, np.int64), 1)
+        assert scale.novelty(stranger, np.zeros(1, np.int64))[0] == 1
+        alarms.append(np.mean(scale.novelty(rng.gamma(2.0, size=(50, len(VIEWS))), np.zeros(50, np.int64)) > 0.95))
+    assert np.mean(alarms) < 0.05 + 1.5 / n
+
+
 def test_levels_are_quantiles_in_order() -> None:
     assert LEVELS[[0, -1]].tolist() == [0, 1]
     assert (np.diff(LEVELS) > 0).all()

@@ -16,7 +16,7 @@ from carvae.model.bundle import load
 from carvae.model.cohort import Cohort
 from carvae.model.network import Network
 from carvae.model.trust import JOIN, UNSURE, Trust, set_columns
-from carvae.model.witness import DEPTHS, OVERLAPS, Witness, learn, measure, witness
+from carvae.model.witness import DEPTHS, OVERLAPS, Witness, learn, measure, usual_shares, witness
 
 IDENTITY = ("GENE0", "GENE1")
 STATES = ("x", "y")
@@ -171,3 +171,20 @@ def test_undecided_leaves_roll_up_to_their_parent() -> None:
         "progenitor",
         None,
     ]
+
+
+def test_usual_shares_are_quantiles_over_samples_of_known_cells(seen: list[Witness], trust: Trust) -> None:
+    leaves = {"state": STATES}
+    assert usual_shares(seen, trust, leaves) == {}, "four samples are too few"
+    found = usual_shares([*seen, *seen], trust, leaves)["state"]
+    assert found["samples"] == 8
+    shares = []
+    for w in seen:
+        for rows, _ in w.samples:
+            own = w.cells.take(rows)
+            novelty = trust.scale.novelty(own.view_NT, trust.bins.of(own.counts_N, own.overlap_N))
+            shares.append((own.log_probability["state"][novelty <= 1 - trust.unknown_rate].argmax(1) == 0).mean())
+    expected = np.quantile([*shares, *shares], [0.05, 0.5, 0.95])
+    np.testing.assert_allclose([found["states"]["x"][end] for end in ("low", "middle", "high")], expected)
+    middle = sum(found["states"][name]["middle"] for name in STATES)
+    assert middle == pytest.approx(1.0)

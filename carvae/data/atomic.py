@@ -76,7 +76,7 @@ def alone(output: Path) -> Iterator[None]:
         yield
         return
     made = [folder for folder in output.parents if not folder.exists()]
-    output.parent.mkdir(parents=True, exist_ok=True)
+    _make(output.parent)
     file = output.with_name(f".{output.name}.lock")
     descriptor = _locked(file, output)
     _held.add(output)
@@ -114,7 +114,7 @@ def _locked(file: Path, output: Path) -> int:
 
 def _scratch(target: Path) -> Path:
     """A path beside ``target`` that nothing else uses; what dead processes of this host left of it is removed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _make(target.parent)
     host = re.sub(r"\W", "-", socket.gethostname())
     mine = re.compile(rf"\.{re.escape(target.stem)}\.{host}\.(\d+)\.[0-9a-f]{{8}}\.tmp{re.escape(target.suffix)}")
     for entry in target.parent.iterdir():
@@ -122,6 +122,13 @@ def _scratch(target: Path) -> Path:
             _remove(entry)
     # the ending is kept: writers choose the format by it
     return target.with_name(f".{target.stem}.{host}.{os.getpid()}.{secrets.token_hex(4)}.tmp{target.suffix}")
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ConfigError(f"{folder} is no folder, nor can it be made; choose another output") from None
 
 
 def _runs(process: int) -> bool:

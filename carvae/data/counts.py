@@ -25,6 +25,8 @@ LARGEST_COUNT = 1 << 24  # float32 is exact up to here; no gene is counted that 
 LARGEST_IN_FLOAT16 = 1 << 11
 LARGEST_ITEM = 8  # bytes of the numbers that compiled code takes
 BLOCK_CELLS = 4096
+CELLS_OF_A_FACTOR = 30
+"""Cells whose totals have no common factor by chance."""
 FIRST_CELLS = 64
 """Cells by which a place is judged before all of it is read."""
 
@@ -212,12 +214,16 @@ def _verify(candidate: Candidate, cells: Sequence[str], inverted: bool) -> Verif
         kind = _FractionalError if error.fractional else CountsError
         raise kind(f"{error} ({place})") from None
     total_N = np.concatenate(totals)
-    refuse_totals(total_N)
+    refuse_totals(total_N, largest)
     return Verified(candidate, inverted, total_N, np.concatenate(prints), largest)
 
 
-def refuse_totals(total_N: npt.NDArray[np.int64]) -> None:
-    """Raise CountsError where all cells together show that these are no raw counts."""
+def refuse_totals(total_N: npt.NDArray[np.int64], largest: int) -> None:
+    """Raise CountsError where all cells together show that these are no raw counts.
+
+    A factor that the totals of many cells and the largest count have in common is one that all counts were multiplied
+    by: n totals share a factor k by chance in k^-n of all matrices.
+    """
     filled = total_N[total_N > 0]
     if not len(filled):
         raise CountsError("holds only zeros")
@@ -228,6 +234,9 @@ def refuse_totals(total_N: npt.NDArray[np.int64]) -> None:
         and float(filled.std()) <= EQUAL_TOTALS_SPREAD * mean
     ):
         raise CountsError(f"is normalised to a constant total: all {len(filled):,} cells sum to about {mean:,.0f}")
+    factor = int(np.gcd(np.gcd.reduce(filled), largest))
+    if factor > 1 and len(filled) >= CELLS_OF_A_FACTOR:
+        raise CountsError(f"is multiplied: every value is a multiple of {factor:,}")
 
 
 class _CellError(CountsError):

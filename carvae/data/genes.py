@@ -31,6 +31,7 @@ __all__ = [
     "excluded_by_policy",
     "is_transgene",
     "looks_like_mouse",
+    "mouse_genes_beside_human",
 ]
 
 MIN_OVERLAP = 0.05
@@ -38,6 +39,9 @@ MIN_OVERLAP = 0.05
 
 MIN_OVERLAP_MOUSE = 0.5
 """The same for names that look like mouse genes."""
+
+MANY_OF_A_SPECIES = 0.1
+"""Share of the genes from which on a second species is no accident of names."""
 
 _BARCODE = re.compile(r"[ACGT]{10,}(?:[-_.]\S*)?$")
 _MOUSE = re.compile(r"[A-Z][a-z]|mt-[A-Z]|H2-[A-Z]|\d{7}[A-Z]\d\d")
@@ -165,6 +169,18 @@ def looks_like_mouse(names: Names) -> bool:
         return False
     human = GeneTable.default().symbols
     return ids > len(titled) or 5 * sum(name.upper() in human for name in titled) >= len(titled)
+
+
+def mouse_genes_beside_human(resolved: ResolvedGenes) -> int:
+    """How many mouse genes there are where human ones are too, as in two species' matrices joined; 0 for a few."""
+    human = GeneTable.default().symbols
+    n_human, n_mouse = 0, 0
+    for name, symbol in zip(resolved.names, resolved.symbols, strict=True):
+        if symbol in human:
+            n_human += 1
+        elif name.startswith("ENSMUSG") or (_MOUSE.match(name) and name.upper() in human):
+            n_mouse += 1
+    return n_mouse if min(n_human, n_mouse) > MANY_OF_A_SPECIES * len(resolved.names) else 0
 
 
 def _renamed(resolved: ResolvedGenes, row: int) -> bool:

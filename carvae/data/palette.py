@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-# Okabe & Ito 2008 (jfly.uni-koeln.de/color), with a softer black.
-EIGHT_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#333333")
+# Okabe & Ito 2008 (jfly.uni-koeln.de/color), with brown for black, which a dark page would swallow.
+EIGHT_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#7A5C3E")
 # M. Krzywinski's 12 colours for deuteranopia, protanopia and tritanopia (mk.bcgsc.ca/colorblind).
 TWELVE_COLOURS = (
     "#9F0162", "#009F81", "#FF5AAF", "#00FCCF", "#8400CD", "#008DF9",

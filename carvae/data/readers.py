@@ -102,7 +102,7 @@ class CountsSource:
         """
         if isinstance(self._counts, Verified):
             return self
-        refuse_totals(total_N)
+        refuse_totals(total_N, largest)
         verified = Verified(self._counts, False, total_N, print_N, largest)
         return replace(self, notes=(*self.notes, *_notes(verified)), n_empty=_n_empty(verified), _counts=verified)
 

@@ -19,6 +19,7 @@ from carvae.errors import SchemaError, join_problems
 MISSING_WORDS = frozenset({"", "na", "n/a", "nan", "none", "null", "<na>", "nat"})
 UNKNOWN_WORDS = MISSING_WORDS | {"unknown"}
 REQUIRED = ("study", "sample", "patient")
+MANY_CELLS = 50
 SHOWN = 5
 
 
@@ -321,6 +322,11 @@ class _Harmoniser:
 
     def _check_levels(self, out: pd.DataFrame) -> None:
         """A sample has one patient and one study; what belongs to a patient is the same in all its cells."""
+        if "sample" in self.require and len(out) >= MANY_CELLS and "sample" in out:
+            n_samples = out["sample"].nunique()
+            if n_samples > len(out) / 2:
+                what = f"names {n_samples:,} samples for {len(out):,} cells: it tells cells apart, not samples"
+                self._add("sample", len(out), what, "map the column that says from which specimen a cell is")
         checks = [("sample", "patient"), ("sample", "study"), ("patient", "study")]
         checks += [("patient", column.name) for column in CONTRACT if column.per_patient]
         for level, column in checks:

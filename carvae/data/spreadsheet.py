@@ -16,9 +16,11 @@ from typing import IO
 
 import pandas as pd
 
-_FORMULA = re.compile(r"[=+\-@\t＝＋－＠]")
+_FORMULA = re.compile(r"\s*[=+\-@;＝＋－＠]")
+"""What Excel, LibreOffice or Google Sheets computes."""
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
-_BREAK = re.compile(r"[\r\n]+")
+_BREAK = re.compile(r"[\r\n\t\v\f\x1c-\x1e\x85\u2028\u2029]+")
+"""What ends a line or a cell for one reader or another; a row of a table is one line."""
 FAST = 3
 """Level of gzip: levels above take several times as long for a tenth less."""
 

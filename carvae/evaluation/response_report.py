@@ -17,6 +17,7 @@ from carvae import __version__
 from carvae.config import Config
 from carvae.data.atomic import replacing_folder
 from carvae.data.patients import Patients, read_patients
+from carvae.data.spreadsheet import write_table
 from carvae.errors import EvaluateError, LeakSuspected, nearest
 from carvae.evaluation import ledger
 from carvae.evaluation.card import settings_tried
@@ -55,7 +56,7 @@ def run(config: Config) -> Path:
     with replacing_folder(config.output) as scratch:
         drawn = draw(metrics, scratch)
         (scratch / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False), encoding="utf-8")
-        table_of(metrics).to_csv(scratch / "table.csv", index=False)
+        write_table(table_of(metrics), scratch / "table.csv")
         (scratch / "card.md").write_text(card_of(metrics, drawn), encoding="utf-8")
     log.info("%s", tried.sentence)
     log.info("%s\n%s", table_of(metrics).round(3).to_string(index=False, na_rep="-"), summary(metrics))

@@ -17,6 +17,7 @@ from carvae.labels.tree import NOT_A_LABEL, EncodedLabels, LabelTree, Mapping, c
 
 log = logging.getLogger(__name__)
 
+TWO = 2
 SOUNDS_MISSING = frozenset({"unlabelled", "unlabeled", "unassigned", "unclassified", "doublet", "nan", "none"})
 """Words, in lower case, that rarely name a cell state."""
 
@@ -94,7 +95,32 @@ def label_cells(
         _warn_of_missing(tree)
     by_study = np.concatenate(rows)
     assert by_study.size == len(label), "a cell is of no study"
-    return CohortLabels(*prune(tree, concatenate(parts).take(np.argsort(by_study))))
+    labels = concatenate(parts).take(np.argsort(by_study))
+    _refuse_confounded(labels, study)
+    return CohortLabels(*prune(tree, labels))
+
+
+def _refuse_confounded(labels: EncodedLabels, study: pd.Series[str]) -> None:
+    """Refuse labels that are the studies' names by other words; warn where no label is in two studies."""
+    shared, alone = False, True
+    n_studies = 0
+    for axis in labels.axes:
+        known = (axis.code >= 0) & ~axis.weak
+        pairs = pd.DataFrame({"study": study.to_numpy()[known], "label": axis.code[known]}).drop_duplicates()
+        shared |= bool(pairs["label"].duplicated().any())
+        alone &= not pairs["study"].duplicated().any()
+        n_studies = max(n_studies, pairs["study"].nunique())
+    if shared or n_studies < TWO:
+        return
+    if alone:
+        raise LabelError(
+            "each study bears one label and no two the same, so that nothing tells a state from its study; add a study "
+            "with several of these labels, or leave the labels out"
+        )
+    log.warning(
+        "no label occurs in two studies: a state is told from its study by what both lack; map labels that mean"
+        " the same onto one tree (labels.tree)"
+    )
 
 
 def _tell_labels(study: str, label: pd.Series[str], missing: tuple[str, ...]) -> None:

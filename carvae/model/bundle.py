@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,6 +30,17 @@ from carvae.errors import BundleError, CountsError, GeneError, LabelError
 from carvae.labels.axis import main_first
 from carvae.labels.signatures import Signatures
 from carvae.labels.tree import LabelTree
+from carvae.model.bundle_files import (
+    FILES,
+    FORMAT,
+    NO_HASH,
+    check_files,
+    check_place,
+    hash_of,
+    read_description,
+    read_metrics,
+    stamps,
+)
 from carvae.model.network import Network, Prediction
 from carvae.model.responder import PREFIX as RESPONSE
 from carvae.model.responder import Responder
@@ -39,12 +49,8 @@ from carvae.model.trust import PREFIX, Trust
 if TYPE_CHECKING:
     from anndata import AnnData
 
-FORMAT = 4
-"""Version of the bundle's layout. Older layouts stay loadable; a newer one is refused by name."""
-FILES = ("weights.safetensors", "card.md", "metrics.json")
-NO_HASH = "0" * 64
-MAX_MODEL_JSON = 64 * 1024**2
-"""Bytes of model.json beyond which it is not read."""
+TRIES = 100
+"""How often a bundle is read again that was replaced while it was read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +212,7 @@ class Bundle:
         return {
             "format": FORMAT,
             "sha256": NO_HASH,
-            "files": {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in FILES},
+            "files": {name: hash_of(folder / name) for name in FILES},
             "architecture": self.config.model_dump(mode="json"),
             "genes": list(self.genes),
             "tree": None if self.tree is None else self.tree.to_dict(),
@@ -229,12 +235,26 @@ def load(path: Path | str, device: str = "auto") -> Bundle:
         The folder is no bundle, is incomplete, was changed, or was written by a newer carvae.
     """
     path = Path(path)
-    spec, own_hash = _read_description(path)
+    for _ in range(TRIES):
+        before = stamps(path)
+        try:
+            return _load(path, device)
+        except (BundleError, FileNotFoundError):
+            if stamps(path) == before:
+                raise
+    raise BundleError(f"bundle {path} is being written again and again; wait until that is done")
+
+
+def _load(path: Path, device: str) -> Bundle:
+    spec, own_hash = read_description(path)
     try:
-        _check_files(path, spec["files"])
+        whole = stamps(path)
+        check_files(path, spec["files"])
         config = ModelConfig(**spec["architecture"])
         tree = None if spec["tree"] is None else LabelTree.from_dict(spec["tree"])
         weights = _checked(load_file(path / FILES[0]))
+        if stamps(path) != whole:
+            raise BundleError("it was replaced while it was read; read it again")
         known = {name: weights.pop(name) for name in [*weights] if name.startswith(PREFIX)}
         told = {name: weights.pop(name) for name in [*weights] if name.startswith(RESPONSE)}
         mapped = {str(name): tuple(map(str, digests)) for name, digests in spec.get("mapped", {}).items()}
@@ -251,7 +271,7 @@ def load(path: Path | str, device: str = "auto") -> Bundle:
             n_categories=dict(spec["covariates"]),
             gene_policy=tuple(spec["gene_policy"]),
             provenance=Provenance(**spec["provenance"]),
-            metrics=json.loads((path / "metrics.json").read_text(encoding="utf-8")),
+            metrics=read_metrics(path / "metrics.json"),
             card=(path / "card.md").read_text(encoding="utf-8"),
             bundle_id=own_hash[:12],
             mapped=mapped,
@@ -273,31 +293,6 @@ def load(path: Path | str, device: str = "auto") -> Bundle:
     target = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     bundle.network.to(target).eval()
     return bundle
-
-
-def check_place(path: Path) -> None:
-    """Raise BundleError where saving a bundle to ``path`` would take away anything but an older bundle."""
-    if not path.exists():
-        return
-    foreign = (
-        sorted({entry.name for entry in path.iterdir()} - {"model.json", *FILES}) if path.is_dir() else [path.name]
-    )
-    if foreign:
-        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
-        raise BundleError(
-            f"{path} holds {foreign[0]!r}{more}, which is no part of a bundle; choose another output, or move "
-            "that away; nothing there was touched"
-        )
-
-
-def _check_files(path: Path, hashes: dict[str, str]) -> None:
-    if set(hashes) != set(FILES):
-        raise BundleError(f"model.json names {', '.join(sorted(hashes)) or 'no files'}, not {', '.join(sorted(FILES))}")
-    for name, expected in hashes.items():
-        if not (path / name).is_file():
-            raise BundleError(f"{name!r} is missing; copy the whole folder again")
-        if hashlib.sha256((path / name).read_bytes()).hexdigest() != expected:
-            raise BundleError(f"{name!r} was changed after the model was saved; copy the folder again or retrain")
 
 
 def _checked(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -328,35 +323,6 @@ def _network(
         network.vae.decoder.add_rows({name: torch.empty(len(d), config.n_hidden) for name, d in mapped.items()})
     network.load_state_dict(weights, assign=True)
     return network
-
-
-def _read_description(path: Path) -> tuple[dict[str, Any], str]:
-    """The content of model.json and its hash, checked."""
-    file = path / "model.json"
-    if not file.is_file():
-        raise BundleError(f"{path} is no model bundle (no model.json in it); give the output folder of `carvae train`")
-    if file.stat().st_size > MAX_MODEL_JSON:
-        raise BundleError(f"{file} is larger than any model description; this is no carvae bundle")
-    raw = file.read_bytes()
-    try:
-        spec = json.loads(raw)
-        layout = spec["format"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        layout = None
-    if not isinstance(layout, int):
-        raise BundleError(
-            f"{file} is no model description; the file was changed or is incomplete, copy the folder again"
-        )
-    if layout > FORMAT:
-        raise BundleError(f"bundle {path} has layout {layout}, newer than {FORMAT}; upgrade carvae")
-    stated = re.search(rb'"sha256": "([0-9a-f]{64})"', raw)
-    if stated is None:
-        raise BundleError(f"{file} bears no hash; the file was changed or is incomplete, copy the folder again")
-    blank = raw[: stated.start(1)] + NO_HASH.encode() + raw[stated.end(1) :]
-    own = stated.group(1).decode()
-    if hashlib.sha256(blank).hexdigest() != own:
-        raise BundleError(f"{file} was changed after the model was saved; copy the folder again or retrain")
-    return spec, own
 
 
 def _tensors(network: Network) -> dict[str, torch.Tensor]:

@@ -27,6 +27,8 @@ Floats = NDArray[np.float32]
 VIEWS = ("energy", "distance", "misfit", "identity")
 LEVELS = np.concatenate([np.linspace(0, 0.9, 19), 1 - 0.1 * np.geomspace(1, 0.005, 24)[1:], [1.0]])
 """Quantiles that are stored: close together where the threshold lies."""
+MIDDLE = 10
+"""Place of the median in `LEVELS`."""
 VARIANCE_FLOOR = 0.01
 """Added to the variance of a count, so that a gene expected nowhere does not weigh without bound."""
 MIN_CELLS = 2
@@ -196,7 +198,7 @@ class Scale:
         """Fit on held-out cells; a bin without cells has the scale of all."""
         pools = [np.flatnonzero(bin_N == b) if (bin_N == b).any() else np.arange(bin_N.size) for b in range(n_bins)]
         view_BTQ = np.stack([np.quantile(view_NT[pool], LEVELS, axis=0).T for pool in pools])
-        greatest = [_shares(view_NT[pool], table).max(1) for pool, table in zip(pools, view_BTQ, strict=True)]
+        greatest = [_own_shares(view_NT[pool], table).max(1) for pool, table in zip(pools, view_BTQ, strict=True)]
         whole_BQ = np.stack([np.quantile(share, LEVELS) for share in greatest])
         return cls(view_BTQ.astype(np.float32), whole_BQ.astype(np.float32))
 
@@ -211,8 +213,30 @@ class Scale:
 
 
 def _shares(view_NT: NDArray[np.floating], table_TQ: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Share of held-out cells that look less strange in each view, [N, T]."""
-    return np.stack([_share_below(view, table) for view, table in zip(view_NT.T, table_TQ, strict=True)], axis=1)
+    """Share of held-out cells that look less strange in each view, [N, T]; above 1 where all of them do.
+
+    Without the latter a few held-out cells, each the strangest in one of the views, would hide all that is stranger.
+    """
+    pairs = zip(view_NT.T, table_TQ, strict=True)
+    return np.stack([_share_below(view, table) + _excess(view, table[-1], table[MIDDLE]) for view, table in pairs], 1)
+
+
+def _own_shares(view_NT: NDArray[np.floating], table_TQ: NDArray[np.floating]) -> NDArray[np.floating]:
+    """The same for the held-out cells themselves, each beside the others: one in each view is stranger than all."""
+    share_NT = _shares(view_NT, table_TQ)
+    if len(view_NT) > MIN_CELLS:
+        for t, view_N in enumerate(view_NT.T):
+            second, first = np.argsort(view_N)[-2:]
+            if view_N[first] > view_N[second]:
+                share_NT[first, t] = 1 + _excess(view_N[first], view_N[second], float(np.median(view_N)))
+    return share_NT
+
+
+def _excess(value_N: NDArray[np.floating], greatest: float, middle: float) -> NDArray[np.floating]:
+    """How far values lie above the greatest of others, in units of its distance to their median."""
+    spread = greatest - middle if greatest > middle else np.inf
+    excess_N: NDArray[np.floating] = np.maximum(value_N - greatest, 0) / spread
+    return excess_N
 
 
 def _share_below(value_N: NDArray[np.floating], table_Q: NDArray[np.floating]) -> NDArray[np.floating]:

@@ -6,7 +6,7 @@ Axes: N cells, G genes, S leaves of one label axis, T views, B bins.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from carvae.model.metrics import expected_calibration_error
 from carvae.model.network import Network
 from carvae.model.novelty import Floats, Reference, Scale, observe, refer, views
 from carvae.model.trust import Trust
-from carvae.model.verdict import LEAST_OVERLAP, SampleFigures, SampleLimits, figures
+from carvae.model.verdict import LEAST_OVERLAP, MIN_CELLS, SampleFigures, SampleLimits, figures
 
 DEPTHS = (1.0, 0.5, 0.25, 0.1)
 """Shares of their counts at which held-out cells are seen."""
@@ -31,6 +31,10 @@ MAX_CELLS = 10_000
 """Held-out cells used at each depth and overlap."""
 MIN_LABELLED = 20
 """Labelled cells of a sample that sets the limits for others."""
+USUAL = (0.05, 0.5, 0.95)
+"""Quantiles over the training samples that a bundle tells of each state's share."""
+MIN_USUAL = 5
+"""Samples of which quantiles are told."""
 COVERAGE = 0.9
 """Coverage at which the sets are measured."""
 
@@ -205,6 +209,44 @@ def learn(witnesses: Sequence[Witness], reference: Reference, unknown_rate: floa
             novelty_N = scale.novelty(own.view_NT, bins.of(own.counts_N, own.overlap_N))
             samples.append(figures(latent_NK, novelty_N, own.counts_N, seen.reference, unknown_rate))
     return Trust(reference, bins, scale, fitted.calibration, SampleLimits.fit(samples), unknown_rate)
+
+
+def usual_shares(witnesses: Sequence[Witness], trust: Trust, leaves: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    """Which shares of states are usual among the training samples, as networks call them that did not see them.
+
+    Nine in ten samples lie between ``low`` and ``high``; quantiles alone, so that no sample can be told from them.
+
+    Parameters
+    ----------
+    leaves
+        Label axis -> its states.
+
+    Returns
+    -------
+    Per label axis the number of samples, and for every state low, middle and high; empty with fewer than `MIN_USUAL`
+    samples of `MIN_CELLS` cells that are not unknown.
+    """
+    shares: dict[str, list[NDArray[np.float64]]] = {axis: [] for axis in leaves}
+    for seen in witnesses:
+        for rows, _ in seen.samples:
+            own = seen.cells.take(rows)
+            novelty_N = trust.scale.novelty(own.view_NT, trust.bins.of(own.counts_N, own.overlap_N))
+            known = own.take(np.flatnonzero(novelty_N <= 1 - trust.unknown_rate))
+            if known.counts_N.size < MIN_CELLS:
+                continue
+            for axis, names in leaves.items():
+                label_N = known.log_probability[axis].argmax(1)
+                shares[axis].append(np.bincount(label_N, minlength=len(names)) / label_N.size)
+    found: dict[str, Any] = {}
+    for axis, parts in shares.items():
+        if len(parts) >= MIN_USUAL:
+            ends_QS = np.quantile(np.stack(parts), USUAL, axis=0)
+            states = {
+                name: dict(zip(("low", "middle", "high"), map(float, ends_Q), strict=True))
+                for name, ends_Q in zip(leaves[axis], ends_QS.T, strict=True)
+            }
+            found[axis] = {"samples": len(parts), "states": states}
+    return found
 
 
 @dataclass(frozen=True, slots=True)

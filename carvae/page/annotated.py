@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from carvae.data.results import LATENT, TABLES, samples_path
 from carvae.data.schema import query_obs
+from carvae.data.spreadsheet import neutral_text
 from carvae.errors import ReadError
 from carvae.labels.axis import RESERVED, main_first
 from carvae.patient_config import ClonesConfig
@@ -150,7 +151,7 @@ def read_annotated(path: Path, clones: ClonesConfig) -> Annotated:
     settings = {"sample": json.loads(made["settings"]).get("sample") or clones.sample, "patient": clones.patient}
     settings |= {"clone_id": clones.clone, "timepoint": clones.timepoint}
     about, _ = query_obs(obs, path.stem, {name: column for name, column in settings.items() if column is not None})
-    samples, text = _samples(path)
+    samples, text = _samples(path, set(about["sample"].astype(str)))
     return Annotated(
         path=path,
         sha256=_sha256(path),
@@ -198,7 +199,8 @@ def _obsm(root: Any, path: Path) -> dict[str, NDArray[np.float32]]:
     return found
 
 
-def _samples(path: Path) -> tuple[pd.DataFrame | None, str]:
+def _samples(path: Path, names: set[str]) -> tuple[pd.DataFrame | None, str]:
+    """The table of samples, by their names as the cells have them, and its text."""
     table = samples_path(path)
     if not table.is_file():
         return None, ""
@@ -206,7 +208,8 @@ def _samples(path: Path) -> tuple[pd.DataFrame | None, str]:
         frame = pd.read_csv(table, dtype={"sample": str}).set_index("sample")
     except (ValueError, KeyError) as error:
         raise ReadError(f"{table} is no table of samples: {' '.join(str(error).split())}") from None
-    return frame, table.read_text(encoding="utf-8")
+    own = {str(neutral_text(name)): name for name in names}  # as the table has them, for spreadsheets
+    return frame.rename(index=lambda name: own.get(str(name), str(name))), table.read_text(encoding="utf-8")
 
 
 def _files(path: Path) -> list[Path]:

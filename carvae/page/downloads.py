@@ -1,18 +1,15 @@
-"""Section 12: the data behind the page, and what its words mean.
-
-A cell of a table that a spreadsheet would take for a formula gets an apostrophe before it: it is then text, as it was.
-"""
+"""Section 12: the data behind the page, and what its words mean."""
 
 from __future__ import annotations
 
 import csv
 import io
 
+from carvae.data.spreadsheet import neutral_text
 from carvae.page.blocks import Block, File, Files, Pairs, Section, Text
 from carvae.page.facts import Facts
 from carvae.page.reproduce import methods, references
 
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
 GLOSSARY = {
     "bundle": "a trained model in a folder: weights, genes, labels, calibration, card; it holds no cells",
     "calibrated": "of the cells with confidence 0.8, eight in ten are right, on patients that the model did not see",
@@ -59,18 +56,8 @@ def harmless(text: str) -> str:
     """The CSV with an apostrophe before every value that a spreadsheet would run as a formula; numbers stay."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerows([_value(value) for value in row] for row in csv.reader(io.StringIO(text)))
+    writer.writerows([neutral_text(value) for value in row] for row in csv.reader(io.StringIO(text)))
     return out.getvalue()
-
-
-def _value(value: str) -> str:
-    if not value.startswith(FORMULA):
-        return value
-    try:
-        float(value)
-    except ValueError:
-        return f"'{value}"
-    return value
 
 
 def _methods(facts: Facts) -> str:

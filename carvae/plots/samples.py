@@ -105,7 +105,7 @@ def plot_violins(
             ax.scatter(own, np.full(own.size, y), color=colour, s=14, linewidths=0)
         elif np.ptp(own) > 0:
             drawn = rng.permutation(own)[:MOST_CELLS]
-            parts: Any = ax.violinplot([drawn], [y], vert=False, widths=0.85, showextrema=False)
+            parts: Any = ax.violinplot([drawn], [y], orientation="horizontal", widths=0.85, showextrema=False)
             parts["bodies"][0].set(facecolor=colour, alpha=0.75, edgecolor="none")
         middle = float(np.median(own))
         ax.plot([middle, middle], [y - 0.3, y + 0.3], color=ax.xaxis.label.get_color(), linewidth=1.6, zorder=3)

@@ -1,0 +1,146 @@
+"""Cases D: full disks, little memory, two at work on one output. The whole of it: ``scripts/kill_test.py``."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from small import Says, Small
+from trained import World, carvae, settings, sha256, write_config
+
+from carvae.model.bundle import load
+
+RUN = """
+import os, resource, signal, sys
+from carvae.cli import main
+import carvae.predict, carvae.train
+{limit}
+sys.argv = ["carvae", *sys.argv[1:]]
+main()
+"""
+LIMITS = {
+    "disk": "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, ({n}, {n}))",
+    "kill": "resource.setrlimit(resource.RLIMIT_CORE, (0, 0)); signal.signal(signal.SIGXFSZ, signal.SIG_DFL); "
+    "resource.setrlimit(resource.RLIMIT_FSIZE, ({n}, {n}))",
+    "memory": "size = int(open('/proc/self/statm').read().split()[0]) * os.sysconf('SC_PAGE_SIZE') + {n}; "
+    "resource.setrlimit(resource.RLIMIT_AS, (size, size))",
+}
+
+
+def limited(kind: str, n: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own under a limit that is set after its libraries are loaded."""
+    code = textwrap.dedent(RUN).format(limit=LIMITS[kind].format(n=n))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)],
+        check=False, capture_output=True, text=True, env=environment, timeout=300,
+    )  # fmt: skip
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+@pytest.mark.case("D01", "D02", "D03", "D04")
+@pytest.mark.parametrize(("kind", "ending"), [("disk", ".h5ad"), ("kill", ".h5ad")])
+def test_a_full_disk_or_a_kill_leaves_the_older_result(
+    small: Small, tmp_path: Path, kind: str, ending: str, says: Says
+) -> None:
+    out = tmp_path / f"A{ending}"
+    assert small.annotate(small.query_path, out).code == 0
+    before = sha256(tmp_path)
+    done = limited(kind, 6_000, "annotate", small.query_path, "--model", small.model, "--out", out)
+    assert "Traceback" not in done.stderr
+    if kind == "disk":
+        assert done.returncode == 1
+        assert sha256(tmp_path) == before
+        said = [line for line in done.stderr.splitlines() if line.startswith("carvae: ")]
+        assert len(said) == 1, done.stderr
+        says(said[0])
+    else:
+        assert done.returncode < 0
+        for name in ("A.samples.csv", out.name):
+            assert (tmp_path / name).stat().st_size
+        assert small.annotate(small.query_path, out).code == 0  # the same command goes on, and clears what was left
+        assert names(tmp_path) == ["A.h5ad", "A.samples.csv"]
+
+
+@pytest.mark.case("D02")
+def test_a_full_disk_leaves_the_older_model_and_store(studies: World, tmp_path: Path, says: Says) -> None:
+    config = settings(studies.folder, tmp_path / "m", train={"max_epochs": 1, "min_steps": 0})
+    path = write_config(tmp_path / "c.yaml", config)
+    done = limited("disk", 4_000, "train", path)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "m").exists()
+    assert not [p for p in tmp_path.rglob("*") if ".tmp" in p.name]
+    says(done.stderr.splitlines()[-1])
+
+
+@pytest.mark.case("D11")
+def test_too_little_memory_is_one_sentence(small: Small, tmp_path: Path, says: Says) -> None:
+    asked = ("annotate", small.query_path, "--model", small.model, "--out", tmp_path / "A.h5ad")
+    done = limited("memory", 1 << 20, *asked)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert names(tmp_path) == []
+    says(done.stderr.splitlines()[-1])
+
+
+SAVES = """
+import sys
+from pathlib import Path
+from carvae.model.bundle import load
+bundle = load(sys.argv[1])
+print("ready", flush=True)
+while True:
+    bundle.save(Path(sys.argv[2]))
+"""
+N_READ = 40
+
+
+@pytest.mark.case("D08")
+def test_readers_of_a_model_that_is_written_again_and_again_never_fail(small: Small, model: Path, says: Says) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    with ExitStack() as stack:
+        for _ in range(2):
+            writer = stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", SAVES, str(small.model), str(model)], stdout=subprocess.PIPE, text=True,
+                    env=environment,
+                )
+            )  # fmt: skip
+            stack.callback(writer.kill)
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == "ready\n"
+        expected, seen = load(small.model).bundle_id, set()
+        for _ in range(N_READ):
+            assert load(model).bundle_id == expected
+            seen.add((model / "model.json").stat().st_ino)
+    assert len(seen) > 1  # it was another folder meanwhile
+    load(small.model).save(model)
+    assert names(model.parent) == ["model"]  # what the killed writers left is cleared by the next
+    says(f"{N_READ} loads while two processes write: none failed, none was of another model")
+
+
+@pytest.mark.case("D12")
+def test_training_gives_the_generators_back(studies: World, tmp_path: Path, says: Says) -> None:
+    import random
+
+    import numpy as np
+    import torch
+
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
+    path = write_config(
+        tmp_path / "c.yaml", settings(studies.folder, tmp_path / "m", train={"max_epochs": 1, "min_steps": 0})
+    )
+    assert carvae("train", path).code == 0
+    assert random.getstate() == states[0]
+    assert np.random.get_state()[1].tolist() == states[1]  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), states[2])
+    says("global generators of Python, numpy and torch are as before training")
