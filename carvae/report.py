@@ -61,6 +61,8 @@ SECTIONS: tuple[Callable[[Facts], Section], ...] = (
     reproduce.section,
     downloads.section,
 )
+SETTINGS = ("counts", "sample", "min_overlap", "min_counts")
+"""Of the annotation, that tell how the file is read again."""
 NO_MODEL = "No outcome is said, since the report was made without the model; give --model BUNDLE to carvae report."
 NO_RESPONDER = (
     "No outcome is said, since this model has learned none; carvae train with respond.columns teaches it, where "
@@ -78,6 +80,7 @@ def run(
     clones: ClonesConfig | None = None,
     seed: int = 0,
     command: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write the report of an annotated file and return its path, ``out``.
 
@@ -96,6 +99,8 @@ def run(
         Of the choice of cells and of the map.
     command
         The command line that the page gives for writing it again; by default one with these paths.
+    progress
+        Is told after every section how many are written, and how many there are.
 
     Raises
     ------
@@ -130,7 +135,11 @@ def run(
         outcomes=said,
         no_outcomes=refused,
     )
-    sections = [write(facts) for write in SECTIONS]
+    sections = []
+    for write in SECTIONS:
+        sections.append(write(facts))
+        if progress is not None:
+            progress(len(sections), len(SECTIONS))
     with replacing_file(out) as scratch:
         scratch.write_text(render(_head(facts), sections), encoding="utf-8")
     log.info("wrote %s", out)
@@ -172,7 +181,7 @@ def _outcomes(cells: Annotated, bundle: Bundle | None, seed: int) -> tuple[pd.Da
         return None, NO_MODEL
     if bundle.responder is None or bundle.tree is None:
         return None, NO_RESPONDER
-    predict = PredictConfig.model_validate(cells.settings)
+    predict = PredictConfig(**{name: cells.settings[name] for name in SETTINGS if name in cells.settings})
     try:
         sources = open_samples(cells.path, counts=predict.counts)
         obs = cells_of(sources, predict.sample)

@@ -27,9 +27,10 @@ FLOOR = {
     **dict.fromkeys(("ingest", "train", "predict", "map", "studies", "doctor"), 5),
     **dict.fromkeys(("evaluation", "plan", "explain", "respond", "clones", "check", "gate"), 6),
     **dict.fromkeys(("evaluate", "perturb", "report", "compare", "invocation"), 7),
-    **dict.fromkeys(("demo", "app", "groups"), 8),
-    "cli": 9,
-    "__main__": 10,
+    **dict.fromkeys(("demo", "web", "groups"), 8),
+    "app": 9,
+    "cli": 10,
+    "__main__": 11,
 }
 # Training rebuilds a store that is out of date; a config is made of sections.
 _SECTIONS = ("section", "patient_config", "section_respond", "section_report", "section_compare")

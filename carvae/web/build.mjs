@@ -1,5 +1,5 @@
 // Bundles the pages' scripts and styles into ../web/assets, minified; scripts/build_web.sh runs it.
-import { existsSync } from "node:fs";
+import { copyFileSync, existsSync } from "node:fs";
 import { build } from "esbuild";
 
 const pages = ["app", "report"].filter((page) => existsSync(`src/${page}/main.ts`));
@@ -16,3 +16,4 @@ await build({
   charset: "utf8",
   legalComments: "inline",
 });
+copyFileSync("src/app/index.html", "assets/index.html");
