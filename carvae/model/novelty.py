@@ -235,7 +235,8 @@ def _own_shares(view_NT: NDArray[np.floating], table_TQ: NDArray[np.floating]) -
 def _excess(value_N: NDArray[np.floating], greatest: float, middle: float) -> NDArray[np.floating]:
     """How far values lie above the greatest of others, in units of its distance to their median."""
     spread = greatest - middle
-    return np.maximum(value_N - greatest, 0) / (spread if spread > 0 else np.inf)
+    excess: NDArray[np.floating] = np.maximum(value_N - greatest, 0) / (spread if spread > 0 else np.inf)
+    return excess
 
 
 def _share_below(value_N: NDArray[np.floating], table_Q: NDArray[np.floating]) -> NDArray[np.floating]:
