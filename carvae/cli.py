@@ -304,6 +304,25 @@ def doctor(as_json: AsJson = False) -> None:
     print(json.dumps({f.what: f.found for f in findings}) if as_json else report(findings))
 
 
+@app.command("app")
+def app_(
+    model: Annotated[list[Path], typer.Option(help="Model bundle; may be given several times.")],
+    overrides: Overrides = None,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes any free one.")] = 8765,
+    expose: Annotated[bool, typer.Option("--expose", help="Allow a --host that other machines can reach.")] = False,
+    max_upload: Annotated[str, typer.Option(metavar="SIZE", help="Largest upload, such as 500MB or 4GB.")] = "4GB",
+    browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
+    quiet: Quiet = False,
+) -> None:
+    """Open a web page on this machine: drop a file, see what it holds, get the labelled map and the report."""
+    settings = start(quiet, None, only(overrides, "predict.", "clones.", "seed="))
+    from carvae.app import Address, run
+    from carvae.web.limits import Limits, bytes_of
+
+    run(model, Address(host, port, expose, browser), Limits(max_upload=bytes_of(max_upload)), settings)
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo"), quiet: Quiet = False

@@ -7,6 +7,7 @@ every file is read once, and what is kept of a cell is some bytes.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ from carvae.model.verdict import IN_RANGE
 from carvae.patient_config import ClonesConfig
 
 log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+"""Takes the number of cells that are done, and of all cells."""
 
 
 def annotate(
@@ -82,7 +86,16 @@ def embed(adata: AnnData, model: Bundle | Path | str, config: PredictConfig | No
     return _in_memory(adata, model, config, label=False, asked=Asked())
 
 
-def run(query: Path, model: Path, out: Path, config: PredictConfig, *, label: bool, asked: Asked | None = None) -> Path:
+def run(
+    query: Path,
+    model: Path,
+    out: Path,
+    config: PredictConfig,
+    *,
+    label: bool,
+    asked: Asked | None = None,
+    progress: Progress | None = None,
+) -> Path:
     """Embed (and with ``label`` annotate) a file or folder, and write ``out``; returns its path.
 
     Parameters
@@ -94,6 +107,8 @@ def run(query: Path, model: Path, out: Path, config: PredictConfig, *, label: bo
         samples, ``<out>.samples.csv``, and of cells, ``<out>.cells.csv.gz``, are written beside it.
     asked
         Where clones are, and what makes one.
+    progress
+        Is told after every chunk how many cells are done, and how many there are.
 
     Raises
     ------
@@ -104,9 +119,9 @@ def run(query: Path, model: Path, out: Path, config: PredictConfig, *, label: bo
     bundle, asked = load_on(model, config), asked or Asked()
     refuse(bundle, query, out, config, label=label)
     try:
-        _write(Pass(query, bundle, config, label=label, whole=False, asked=asked), model, out)
+        _write(Pass(query, bundle, config, label=label, whole=False, asked=asked), model, out, progress)
     except CountsError:  # not where the first cells pointed to: all places are looked through
-        _write(Pass(query, bundle, config, label=label, whole=True, asked=asked), model, out)
+        _write(Pass(query, bundle, config, label=label, whole=True, asked=asked), model, out, progress)
     log.info("wrote %s", ", ".join(map(str, written(out, label=label))))
     return out
 
@@ -160,10 +175,11 @@ def _results(work: Pass) -> tuple[CellResults, pd.DataFrame, dict[str, Any]]:
     return CellResults.joined(parts), late, work.uns(sources, late)
 
 
-def _write(work: Pass, model: Path, out: Path) -> None:
+def _write(work: Pass, model: Path, out: Path, progress: Progress | None) -> None:
     """All results to ``out``, and the table of samples beside it; both appear when both are complete."""
     assert isinstance(work.query, Path)
     parts = work.labelled() if work.config.dask is None else work.labelled_on_dask(work.config.dask, model)
+    n_done = 0
     with ExitStack() as stack:
         table = stack.enter_context(replacing_file(samples_path(out))) if work.label else None
         cells = cells_path(out) if work.label else None
@@ -172,6 +188,9 @@ def _write(work: Pass, model: Path, out: Path) -> None:
             for part in parts:
                 work.add(part)
                 write(part.results)
+                n_done += len(part.total_N)
+                if progress is not None:
+                    progress(n_done, len(work.sample))
         sources, late = work.confirmed(), work.late_results()
         writer.finish(sources, late.obs, work.uns(sources, late.obs))
         if table is not None and work.table is not None:

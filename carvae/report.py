@@ -80,6 +80,7 @@ def run(
     clones: ClonesConfig | None = None,
     seed: int = 0,
     command: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write the report of an annotated file and return its path, ``out``.
 
@@ -98,6 +99,8 @@ def run(
         Of the choice of cells and of the map.
     command
         The command line that the page gives for writing it again; by default one with these paths.
+    progress
+        Is told after every section how many are written, and how many there are.
 
     Raises
     ------
@@ -132,7 +135,11 @@ def run(
         outcomes=said,
         no_outcomes=refused,
     )
-    sections = [write(facts) for write in SECTIONS]
+    sections = []
+    for write in SECTIONS:
+        sections.append(write(facts))
+        if progress is not None:
+            progress(len(sections), len(SECTIONS))
     with replacing_file(out) as scratch:
         scratch.write_text(render(_head(facts), sections), encoding="utf-8")
     log.info("wrote %s", out)

@@ -23,13 +23,14 @@ FLOOR = {
     **dict.fromkeys(("section", "patient_config", "section_respond", "section_report", "section_compare", "config"), 1),
     **dict.fromkeys(("data", "labels"), 2),
     **dict.fromkeys(("model", "plots"), 3),
-    **dict.fromkeys(("response", "page"), 4),
+    **dict.fromkeys(("response", "page", "watch"), 4),
     **dict.fromkeys(("ingest", "train", "predict", "map", "studies", "doctor"), 5),
     **dict.fromkeys(("evaluation", "plan", "explain", "respond", "clones", "check", "gate"), 6),
     **dict.fromkeys(("evaluate", "perturb", "report", "compare", "invocation"), 7),
-    **dict.fromkeys(("demo", "app", "groups"), 8),
-    "cli": 9,
-    "__main__": 10,
+    **dict.fromkeys(("demo", "web", "groups"), 8),
+    "app": 9,
+    "cli": 10,
+    "__main__": 11,
 }
 # Training rebuilds a store that is out of date; a config is made of sections.
 _SECTIONS = ("section", "patient_config", "section_respond", "section_report", "section_compare")
