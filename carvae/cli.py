@@ -15,6 +15,7 @@ import typer
 from carvae import __version__
 from carvae.config import Config
 from carvae.errors import CarvaeError, ConfigError
+from carvae.groups import hub, studies
 from carvae.invocation import (
     AsJson,
     Clones,
@@ -37,21 +38,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-studies = typer.Typer(help="The public CAR-T single-cell studies: list, show, fetch.", no_args_is_help=True)
 app.add_typer(studies, name="studies")
+app.add_typer(hub, name="hub")
 
-
-def _studies_from(start: str) -> list[str]:
-    """Names that the shell offers."""
-    from carvae.data.catalogue import names
-
-    return [name for name in names() if name.startswith(start)]
-
-
-StudyName = Annotated[
-    str,
-    typer.Argument(metavar="STUDY", help="Name in the catalogue, or accession.", autocompletion=_studies_from),
-]
 GATE_FAILED = 4
 Out = Annotated[Path, typer.Option(help="Result: .h5ad, .zarr, .csv or .csv.gz; - prints a table.")]
 FULL = "; nothing was changed: make room, and give the same command again"
@@ -313,34 +302,6 @@ def doctor(as_json: AsJson = False) -> None:
 
     findings = examine()
     print(json.dumps({f.what: f.found for f in findings}) if as_json else report(findings))
-
-
-@studies.command("list")
-def list_() -> None:
-    """Print the catalogue, a line per study."""
-    from carvae.studies import table
-
-    print(table())
-
-
-@studies.command()
-def show(study: StudyName) -> None:
-    """Print what is known of a study, and the entry for your config."""
-    from carvae.studies import description
-
-    print(description(study))
-
-
-@studies.command()
-def fetch(
-    study: StudyName, out: Annotated[Path, typer.Option(help="Folder for the files.")], quiet: Quiet = False
-) -> None:
-    """Download a study's open files; a download that was cut off goes on."""
-    start(quiet)
-    from carvae.studies import fetch as download
-
-    for fetched in download(study, out):
-        print(fetched.file)
 
 
 @app.command("app")

@@ -30,7 +30,7 @@ from carvae.data.contrast import (
     paired,
     welch,
 )
-from carvae.data.sides import Side, figures, first_axis, is_share, read_side
+from carvae.data.sides import Side, apart, figures, first_axis, is_share, read_side
 from carvae.data.spreadsheet import write_table
 from carvae.errors import ConfigError, SchemaError
 from carvae.gate import Check, judged
@@ -88,9 +88,10 @@ def run(a: Path, b: Path, out: Path, config: CompareConfig, gate: Path | None = 
         read_side(path, where, f"compare.{name}", config.unit)
         for name, path, where in (("a", a, config.a), ("b", b, config.b))
     )
-    first, second = _named(sides[0], sides[1])
+    first, second, done = apart(*_named(sides[0], sides[1]))
     unit = _unit(first, second, config)
     basis, notes = _basis(first, second, config, unit)
+    notes += done
     table = contrasts(first, second, basis)
     states = first_axis((first, second), list(table["figure"][table["group"] == "composition"]))
     distance = _distance(first, second, states, basis, np.random.default_rng((seed, 61)))

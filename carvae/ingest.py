@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from carvae import __version__
 from carvae.config import Config, IngestConfig, StudyConfig, label_file
-from carvae.data.atomic import alone, replacing_file, replacing_folder
+from carvae.data.atomic import alone, clear, replacing_file, replacing_folder
 from carvae.data.genes import GeneTable, ResolvedGenes, align, mouse_genes_beside_human
 from carvae.data.panel import Panel, choose_panel
 from carvae.data.readers import CountsSource, open_samples
@@ -71,8 +71,11 @@ def run(config: Config) -> Path:
     with alone(config.output):
         if store.exists() and _is_current(store, fingerprint):
             log.info("store is up to date: %s", store)
+            clear(store)  # of a run that died when the store was there, but not yet what goes with it
         else:
             _build(store, fingerprint, config)
+        with replacing_file(work / "receipt.json") as scratch:
+            scratch.write_text(json.dumps(CellStore(store).header.receipt, indent=1), encoding="utf-8")
         with replacing_file(work / "config.yaml") as scratch:
             scratch.write_text(config.to_yaml(), encoding="utf-8")
     return store
@@ -94,8 +97,6 @@ def _build(store: Path, fingerprint: str, config: Config) -> None:
         for part in parts:
             _write_part(writer, part, panel, signatures if config.labels.weak else None, config.ingest.chunk_size)
         writer.close()
-    with replacing_file(store.with_name("receipt.json")) as scratch:
-        scratch.write_text(json.dumps(header.receipt, indent=1), encoding="utf-8")
 
 
 def _is_current(store: Path, fingerprint: str) -> bool:

@@ -61,6 +61,8 @@ SECTIONS: tuple[Callable[[Facts], Section], ...] = (
     reproduce.section,
     downloads.section,
 )
+SETTINGS = ("counts", "sample", "min_overlap", "min_counts")
+"""Of the annotation, that tell how the file is read again."""
 NO_MODEL = "No outcome is said, since the report was made without the model; give --model BUNDLE to carvae report."
 NO_RESPONDER = (
     "No outcome is said, since this model has learned none; carvae train with respond.columns teaches it, where "
@@ -179,7 +181,7 @@ def _outcomes(cells: Annotated, bundle: Bundle | None, seed: int) -> tuple[pd.Da
         return None, NO_MODEL
     if bundle.responder is None or bundle.tree is None:
         return None, NO_RESPONDER
-    predict = PredictConfig.model_validate(cells.settings)
+    predict = PredictConfig(**{name: cells.settings[name] for name in SETTINGS if name in cells.settings})
     try:
         sources = open_samples(cells.path, counts=predict.counts)
         obs = cells_of(sources, predict.sample)

@@ -50,11 +50,20 @@ from carvae.model.network import Network
 from carvae.model.objective import STEPS_PER_CALL, Objective
 from carvae.model.responder import Responder
 from carvae.model.response import HeadSettings
-from carvae.model.trainer import callbacks_of, finish, loggers_of, quiet_lightning, start_processes, trainer_of
+from carvae.model.trainer import (
+    EveryFewEpochs,
+    callbacks_of,
+    finish,
+    loggers_of,
+    quiet_lightning,
+    start_processes,
+    trainer_of,
+)
 from carvae.model.witness import Witness, learn, measure, reference_of, usual_shares, witness
 from carvae.response.allowed import informative
 from carvae.response.cells import of_samples, patients_of_cohort
 from carvae.response.learn import learn as learn_outcomes
+from carvae.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -220,6 +229,9 @@ def fit(cohort: Cohort, split: PatientSplit, config: Config, folder: Path) -> Fi
         network.vae.start_from_moments(*_moments(data, split, config, n_genes))
         module = Objective(network, data, cohort, split, config)
         module.n_steps = epochs * n_batches
+        if config.train.map_every:
+            watch = Watch(network, cohort, split, config, folder / "maps")
+            trainer.callbacks.append(EveryFewEpochs(config.train.map_every, watch))  # type: ignore[attr-defined]
         if last.exists():
             log.info("continuing from %s", last)
         trainer.fit(module, ckpt_path=last if last.exists() else None, weights_only=True)
@@ -266,7 +278,7 @@ def _moments(data: CellData, split: PatientSplit, config: Config, n_genes: int) 
 def _run_id(cohort: Cohort, split: PatientSplit, config: Config) -> str:
     """Name of this very run: what its weights depend on. Who computes what is no part of it, but the shards are."""
     settings = config.model_dump(mode="json", include={"model", "train", "labels", "seed", "ingest"})
-    del settings["train"]["devices"], settings["train"]["num_nodes"]
+    del settings["train"]["devices"], settings["train"]["num_nodes"], settings["train"]["map_every"]
     settings["train"]["shards"] = processes.share(config).shards
     return hashlib.sha256(
         json.dumps([__version__, torch.__version__, cohort.store.content, settings]).encode() + split.train.tobytes()

@@ -51,7 +51,7 @@ def _usage(path: str, command: Any) -> Iterator[str]:
     words = [path, *(_metavar(p) for p in arguments), *required, "[options]" if len(required) < len(options) else ""]
     yield from ("```text", " ".join(filter(None, words)), "```", "")
     if arguments or options:
-        yield from ("| | |", "|---|---|")
+        yield from ("| argument | meaning |", "|---|---|")
     for p in arguments:
         yield f"| `{_cell(_metavar(p))}` | {_cell(p.help or '')} |"
     for p in options:

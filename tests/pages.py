@@ -1,8 +1,9 @@
 """The pages for users as sessions: their code blocks in order, and how each is run on small data.
 
-A block of ``python`` runs in the page's one namespace. In a block of ``bash``, ``carvae ...`` runs in this process and
-every other line in a shell. A block of ``yaml`` whose first line is ``# NAME.yaml`` is the file of that name; its
-training is cut to some steps. A block below ``<!-- not run: REASON -->`` is not run, and must compile all the same.
+A block of ``python`` runs in the page's one namespace. In a block of ``bash``, ``carvae ...`` runs in this process, and
+every other line, and what stands behind a pipe, in a shell. A block of ``yaml`` whose first line is ``# NAME.yaml`` is
+the file of that name; its training is cut to some steps. A block below ``<!-- not run: REASON -->`` is not run, but
+compiles all the same.
 """
 
 from __future__ import annotations
@@ -70,13 +71,18 @@ class Session:
 
     def _bash(self, code: str) -> None:
         for line in code.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
+            head, _, rest = line.partition(" | ")
+            words, shown = shlex.split(head, comments=True), ""
             if words[:1] == ["carvae"]:
                 answer = carvae(*words[1:])
                 assert answer.code == 0, f"{line}\n{answer.err}"
-            elif words:
+                shown = answer.out
+            else:
+                rest = line
+            if words and rest:
+                command = ["bash", "-ec", rest]
                 done = subprocess.run(
-                    ["bash", "-ec", line], cwd=self.folder, capture_output=True, text=True, check=False
+                    command, cwd=self.folder, input=shown, capture_output=True, text=True, check=False
                 )
                 assert done.returncode == 0, f"{line}\n{done.stderr}"
 

@@ -122,6 +122,31 @@ def test_one_lot_against_a_history(tmp_path: Path) -> None:
     assert metrics["composition"]["p"] == pytest.approx(1 / 7)
 
 
+def test_a_lot_is_compared_with_the_others_of_its_file(tmp_path: Path) -> None:
+    a = table(tmp_path / "a.samples.csv", 5)
+    _, found, metrics = compared(a, a, tmp_path / "out", "compare.b.sample=s0_2")
+    assert metrics["a"]["samples"] == ["s0_0", "s0_1", "s0_3", "s0_4"]
+    assert metrics["b"]["samples"] == ["s0_2"]
+    others = pd.read_csv(a).drop(index=2)
+    assert found.loc["fraction memory", "a"] == pytest.approx(others["fraction memory"].mean())
+    assert any("left out there" in note for note in metrics["notes"])
+
+
+def test_clones_at_other_depths_are_not_compared(tmp_path: Path) -> None:
+    clones = {"clone_gini": 0.5, "clone_gini_at_depth": 0.4, "clone_gini_at_depth_low": 0.3}
+    clones |= {"clone_gini_at_depth_high": 0.5}
+    a = table(tmp_path / "a.samples.csv", 1, clone_depth=100, **clones)
+    b = table(tmp_path / "b.samples.csv", 1, seed=1, clone_depth=100, **clones)
+    _, found, _ = compared(a, b, tmp_path / "out")
+    assert found.loc["clone_gini_at_depth", "interval_over"] == "cells"
+    assert "clone_depth" not in found.index
+    table(b, 1, seed=1, clone_depth=50, **clones)
+    _, found, metrics = compared(a, b, tmp_path / "out")
+    assert "clone_gini_at_depth" not in found.index
+    assert found.loc["clone_gini", "interval_over"] == "none"
+    assert any("(50, 100)" in note for note in metrics["notes"])
+
+
 def test_a_figure_that_one_side_lacks_is_empty_and_another_state_is_refused(tmp_path: Path) -> None:
     a = table(tmp_path / "a.samples.csv", 1, car_fraction=0.5, car_fraction_low=0.4, car_fraction_high=0.6)
     b = table(tmp_path / "b.samples.csv", 1, seed=1)

@@ -17,7 +17,7 @@ import pytest
 import scipy.io
 import scipy.sparse as sp
 import yaml
-from pages import Session, blocks_of
+from pages import Block, Session, blocks_of
 from test_floors import FLOOR
 from trained import World, carvae
 
@@ -38,8 +38,8 @@ LIES_THERE = {
     "tutorial.md": ("demo",),
 }
 # Blocks that do not run here, by page. A block more must be written here too.
-NOT_RUN = {"README.md": 3, "ecosystem.md": 2, "install.md": 1, "journeys.md": 2, "train.md": 1, "tutorial.md": 1}
-REASONS = ("a GPU", "the network", "an installation", "minutes", "R;")
+NOT_RUN = {"README.md": 3, "ecosystem.md": 3, "install.md": 1, "journeys.md": 2, "train.md": 1, "tutorial.md": 1}
+REASONS = ("a GPU", "a browser", "the network", "an installation", "minutes", "R;")
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +124,21 @@ def test_blocks_that_are_not_run_are_counted_and_compile(page: Path) -> None:
         assert block.not_run.startswith(REASONS), block.not_run
         if block.language == "python":
             compile(block.code, str(page), "exec")
+
+
+def test_a_reader_who_meets_an_error_is_a_failure(tmp_path: Path) -> None:
+    for language, code in (("python", "1 / 0"), ("bash", "carvae fly"), ("bash", "ls nowhere"), ("yaml", "a: [")):
+        with pytest.raises(Exception):  # noqa: B017, PT011 - whatever it is
+            Session(tmp_path).run(Block(language, code, 1, None))
+
+
+def test_a_mark_holds_for_the_block_below_it_and_stands_nowhere_else(tmp_path: Path) -> None:
+    page, block = tmp_path / "page.md", "```bash\nls\n```\n"
+    page.write_text(f"<!-- not run: a GPU -->\n{block}\n{block}", encoding="utf-8")
+    assert [found.not_run for found in blocks_of(page)] == ["a GPU", None]
+    page.write_text(f"<!-- not run: a GPU -->\nWords.\n\n{block}", encoding="utf-8")
+    with pytest.raises(AssertionError, match="does not stand above"):
+        blocks_of(page)
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,16 @@ from matplotlib.colors import to_hex
 from trained import World, carvae
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "doors.md"
+PAGE = ROOT / "docs" / "ecosystem.md"
 PIPELINES = ROOT / "docs" / "pipelines"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+def block(section: str, language: str) -> str:
+    """The first block of a section of the page."""
+    text = PAGE.read_text(encoding="utf-8").split(f"\n## {section}", 1)[1]
+    found = re.search(rf"```{language}\n(.*?)```", text, re.DOTALL)
+    assert found is not None
+    return found[1]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +47,7 @@ def test_scanpy_draws_states_in_their_colours(folder: Path, monkeypatch: pytest.
 
     monkeypatch.chdir(folder)
     space: dict[str, object] = {}
-    exec(blocks("python")[0], space)
+    exec(block("scanpy", "python"), space)
     adata = space["adata"]
     assert isinstance(adata, ad.AnnData)
     states = adata.obs["carvae_state"].cat.categories
@@ -121,7 +125,7 @@ def test_seurat_takes_it(folder: Path) -> None:
     if not shutil.which("Rscript") or subprocess.run(needs, capture_output=True, check=False).returncode:
         pytest.skip("R with hdf5r and Seurat is not here")
     sizes = 'dim(seurat), sum(GetAssayData(seurat, layer = "counts")), dim(Embeddings(seurat, "carvae"))'
-    (folder / "run.R").write_text("\n".join([*blocks("r"), f"cat({sizes})"]), encoding="utf-8")
+    (folder / "run.R").write_text("\n".join([block("R and Seurat", "r"), f"cat({sizes})"]), encoding="utf-8")
     done = subprocess.run(["Rscript", "run.R"], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     adata = ad.read_h5ad(folder / "A.h5ad")
@@ -134,7 +138,7 @@ def test_seurat_takes_it(folder: Path) -> None:
 def test_scvi_tools_tells_which_genes_differ(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     space: dict[str, object] = {}
-    exec(blocks("python")[1], space)
+    exec(block("scvi-tools", "python"), space)
     genes, adata = space["genes"], space["adata"]
     assert isinstance(genes, pd.DataFrame)
     assert isinstance(adata, ad.AnnData)

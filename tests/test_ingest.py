@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+import socket
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -179,6 +181,21 @@ def test_what_dies_while_writing_leaves_what_was_there(
     store = work_folder(two.output) / "store.zarr"
     assert (sha256(store) if there else "") == before
     assert [f for f in leftovers(tmp_path) if f != "model.work"] == [f for f in files if f != "model.work"]
+
+
+def test_what_a_run_left_that_died_after_the_store_was_there_is_put_right(two: Config) -> None:
+    """Found by scripts/kill_test.py: the store was up to date, so the old receipt and the old store's litter stayed."""
+    store = run(two)
+    receipt = store.with_name("receipt.json")
+    right = receipt.read_text()
+    receipt.write_text("of the run before")
+    litter = store.with_name(
+        f".store.{re.sub(r'[^a-zA-Z0-9_]', '-', socket.gethostname())}.999999999.00000000.tmp.zarr"
+    )
+    litter.mkdir()
+    run(two)
+    assert receipt.read_text() == right
+    assert not litter.exists()
 
 
 def test_excluded_patients_are_nowhere(two: Config) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
@@ -15,11 +16,23 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure as Canvas
 from matplotlib.text import Text
 
-from carvae.data.palette import GREY
+from carvae.data.markers import PREDICTED, Grouping, marker_table
+from carvae.data.palette import EIGHT_COLOURS, GREY
 from carvae.data.tracking import ClonalCells, transitions
 from carvae.plots.cells import plot_composition, plot_signatures_by_state, plot_umap
-from carvae.plots.clones import colours, draw_flow, plot_clone_flow, plot_states_over_time, plot_tracking
+from carvae.plots.clones import (
+    colours,
+    draw_flow,
+    plot_clone_flow,
+    plot_clone_sizes,
+    plot_states_over_time,
+    plot_tracking,
+)
+from carvae.plots.evidence import coexpression, draw_signatures, plot_coexpression
 from carvae.plots.look import WIDTH_PX, save, styles
+from carvae.plots.markers import draw_markers
+from carvae.plots.samples import Limits, draw_shares, plot_limits, plot_violins
+from carvae.plots.sureness import plot_confidence, plot_set_sizes, plot_unknown
 from carvae.plots.training import plot_confusion, plot_loss
 
 STATES = [
@@ -233,3 +246,87 @@ def test_clone_plots_draw_shares_into_the_axes_they_are_given(clonal: ClonalCell
 def test_a_patient_of_one_time_point_has_no_flow_of_clones(clonal: ClonalCells) -> None:
     figure = draw_flow(clonal, transitions(clonal))
     assert [ax.get_visible() for ax in figure.axes] == [True, True, True, False]
+
+
+def report_plots(rng: np.random.Generator) -> dict[str, Axes | Canvas]:
+    """The pictures of the report, with long names and awkward values."""
+    samples = [f"sample_{i}_of_the_study" for i in range(5)]
+    shares = pd.DataFrame(rng.dirichlet(np.ones(7), 5), index=samples, columns=STATES[:7])
+    usual = pd.DataFrame({"low": 0.0, "middle": 0.1, "high": 0.4}, index=STATES[:7])
+    group = pd.Series(rng.choice(STATES[:6], N))
+    detected = {name: rng.random(N) < 0.3 for name in ("LAG3", "PD-1", "TIM-3")}
+    scores = pd.DataFrame(rng.random((N, 4)), columns=["exhaustion", "memory_stem", "flat", "empty"]).assign(flat=0.5)
+    scores["empty"] = np.nan
+    colour = {name: style.colour for name, style in styles(STATES).items()}
+    values = pd.Series([0.1, 0.4, np.nan, 0.9, 0.2], index=samples)
+    unknown = pd.DataFrame({"few counts": [0.1, 0, 0, 0.2, 0], "strange": [0, 0.5, 0, 0, 0.1]}, index=samples)
+    return {
+        "limits": plot_limits(values, "cells unknown", Limits(0.3, 0.5)),
+        "violins": plot_violins(rng.lognormal(8, 1, N), group, "counts per cell", log=True),
+        "shares": draw_shares(shares, 0.5 * shares, 1.2 * shares, usual, colour),
+        "confidence": plot_confidence(rng.random(N), rng.random(N) < 0.2),
+        "sets": plot_set_sizes(pd.Series(rng.integers(1, 6, N))),
+        "unknown": plot_unknown(unknown),
+        "coexpression": plot_coexpression(coexpression(detected, group, STATES)),
+        "signatures": draw_signatures(scores, group, STATES, colour),
+        "clone sizes": plot_clone_sizes(group, pd.Series(rng.zipf(1.6, N).clip(max=500)), STATES),
+    }
+
+
+def test_pictures_of_the_report_clip_nothing(rng: np.random.Generator) -> None:
+    for name, plot in report_plots(rng).items():
+        ax = plot if isinstance(plot, Axes) else plot.axes[0]
+        canvas = drawn(ax)
+        for text in texts(ax):
+            if not (text.axes is None or text.axes.get_visible()):
+                continue
+            box = text.get_window_extent()
+            inside = box.x0 >= -1 and box.y0 >= -1 and box.x1 <= canvas.bbox.x1 + 1 and box.y1 <= canvas.bbox.y1 + 1
+            assert inside, f"{name}: {text.get_text()!r} is clipped at {box}"
+
+
+def test_limits_tell_within_care_and_out_in_both_directions() -> None:
+    def grades(values: list[float], limits: Limits) -> dict[tuple[float, ...], str]:
+        ax = plot_limits(pd.Series(values, index=list("abc")), "t", limits)
+        return {
+            tuple(d.get_offsets()[:, 0]): to_hex(d.get_facecolors()[0]).upper()
+            for d in ax.collections
+            if len(d.get_offsets())
+        }
+
+    blue, orange, red = EIGHT_COLOURS[0], EIGHT_COLOURS[1], EIGHT_COLOURS[5]
+    assert grades([0.1, 0.4, 0.9], Limits(0.3, 0.5)) == {(0.1,): blue, (0.4,): orange, (0.9,): red}
+    assert grades([500.0, 120.0, 40.0], Limits(160.0, 60.0)) == {(500.0,): blue, (120.0,): orange, (40.0,): red}
+
+
+def test_coexpression_counts_exactly_these_genes() -> None:
+    detected = {"A": np.array([1, 1, 0, 0, 1], bool), "B": np.array([1, 0, 0, 1, 1], bool)}
+    table = coexpression(detected, pd.Series(list("xxxyy")), ["y", "x", "nobody"])
+    assert list(table.columns) == ["none", "A", "B", "A + B"]
+    assert list(table.index) == [("y", 2), ("x", 3)]
+    np.testing.assert_allclose(table.to_numpy(), [[0, 0, 0.5, 0.5], [1 / 3, 1 / 3, 0, 1 / 3]])
+
+
+def test_clone_sizes_are_shares_of_the_cells_of_a_state() -> None:
+    ax = plot_clone_sizes(pd.Series(list("aaab")), pd.Series([1, 5, 6, 500]), ["b", "a", "nobody"])
+    widths = {bars.get_label(): [bar.get_width() for bar in bars] for bars in ax.containers}
+    assert widths == {
+        "1 cell": [0, 1 / 3],
+        "2 to 5": [0, 1 / 3],
+        "6 to 20": [0, 1 / 3],
+        "21 to 100": [0, 0],
+        "more": [1, 0],
+    }
+
+
+def test_markers_are_means_and_shares_of_each_group() -> None:
+    counts = sp.csr_matrix(np.array([[2, 0], [0, 0], [4, 1]]))
+    total = np.array([10, 10, 20])
+    grouping = Grouping(PREDICTED, np.array(["a", "a", "b"], dtype=object), ["b", "a", "nobody"])
+    table = marker_table(counts, total, np.array([True, False]), ("X", "Y"), [grouping]).set_index(["state", "gene"])
+    assert table.loc[("a", "X"), "mean"] == pytest.approx(np.log1p(2e4 / 10) / 2)
+    assert table.loc[("a", "X"), "share_expressing"] == 0.5
+    assert table.loc[("b", "X"), "mean"] == pytest.approx(np.log1p(4e4 / 20))
+    assert table.loc[("b", "Y"), ["mean", "share_expressing"]].isna().all(), "a gene that was not measured has none"
+    figure = draw_markers(table.reset_index(), [("one", ("X",)), ("two", ("Y",))])
+    assert "Y (absent)" in [label.get_text() for label in figure.axes[0].get_xticklabels()]

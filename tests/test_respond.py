@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import anndata as ad
 import numpy as np
@@ -13,6 +14,7 @@ import pandas as pd
 import pytest
 from trained import PROGRAMMES, World, carvae, settings, sha256, write_config
 
+from carvae import report
 from carvae.config import PredictConfig
 from carvae.data.patients import Patients
 from carvae.data.readers import open_source
@@ -20,6 +22,11 @@ from carvae.data.simulate import STUDIES, SimulationSettings, simulate_studies, 
 from carvae.model.bundle import Bundle, load
 from carvae.model.responder import Recalibration, Responder
 from carvae.model.response import Head, HeadSettings, fit_head
+from carvae.page import outcomes
+from carvae.page.annotated import read_annotated
+from carvae.page.blocks import Grid, Text
+from carvae.page.facts import Facts
+from carvae.patient_config import ClonesConfig
 from carvae.respond import FEW, FEW_CELLS
 from carvae.response.cells import described_query, of_samples, with_outcomes
 from carvae.response.learn import drawn_anew, learn
@@ -104,6 +111,26 @@ def test_where_the_head_predicts_the_states_of_its_attention_are_written(cohort:
     states = pd.read_csv(tmp_path / "out.states.csv")
     shares = states.groupby("sample")[["share of cells", "share of attention"]].sum()
     assert shares.to_numpy() == pytest.approx(1, abs=1e-4)
+
+
+def test_a_report_says_what_respond_says_and_for_research_only(cohort: Cohort, tmp_path: Path) -> None:
+    asked = respond(cohort.query, cohort.folder, tmp_path)
+    assert asked.code == 0, asked.err
+    annotated = tmp_path / "A.h5ad"
+    answer = carvae("annotate", tmp_path / "query.h5ad", "--model", cohort.folder, "--out", annotated)
+    assert answer.code == 0, answer.err
+    bundle = load(cohort.folder, device="cpu")
+    said, refused = report._outcomes(read_annotated(annotated, ClonesConfig()), bundle, 0)
+    assert said is not None
+    assert refused == ""
+    pd.testing.assert_frame_equal(said.fillna(""), pd.read_csv(tmp_path / "out.csv").fillna(""), check_dtype=False)
+    section = outcomes.section(cast(Facts, SimpleNamespace(outcomes=said, bundle=bundle, no_outcomes="")))
+    text, grid = section.blocks[0], section.blocks[1]
+    assert isinstance(text, Text)
+    assert text.text.startswith("For research only.")
+    assert isinstance(grid, Grid)
+    assert list(grid.frame.index) == said["patient"].tolist()
+    assert grid.frame["probability CR"].iloc[0] == f"{said['probability CR'].iloc[0]:.3f}"
 
 
 def test_a_model_that_learned_no_outcomes_says_so(world: World, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import secrets
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +23,8 @@ from carvae.errors import ConfigError
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+REMOVALS = 40
+"""How often a folder is removed into which threads of a writer that failed still write."""
 
 
 @contextmanager
@@ -115,13 +118,24 @@ def _locked(file: Path, output: Path) -> int:
 def _scratch(target: Path) -> Path:
     """A path beside ``target`` that nothing else uses; what dead processes of this host left of it is removed."""
     _make(target.parent)
-    host = re.sub(r"\W", "-", socket.gethostname())
+    clear(target)
+    host = _host()
+    # the ending is kept: writers choose the format by it
+    return target.with_name(f".{target.stem}.{host}.{os.getpid()}.{secrets.token_hex(4)}.tmp{target.suffix}")
+
+
+def _host() -> str:
+    return re.sub(r"\W", "-", socket.gethostname())
+
+
+def clear(target: Path) -> None:
+    """Remove what dead processes of this host left of ``target`` when they died."""
+    target = Path(os.path.realpath(target))
+    host = _host()
     mine = re.compile(rf"\.{re.escape(target.stem)}\.{host}\.(\d+)\.[0-9a-f]{{8}}\.tmp{re.escape(target.suffix)}")
     for entry in target.parent.iterdir():
         if (found := mine.fullmatch(entry.name)) and not _runs(int(found.group(1))):
             _remove(entry)
-    # the ending is kept: writers choose the format by it
-    return target.with_name(f".{target.stem}.{host}.{os.getpid()}.{secrets.token_hex(4)}.tmp{target.suffix}")
 
 
 def _make(folder: Path) -> None:
@@ -143,7 +157,11 @@ def _runs(process: int) -> bool:
 
 def _remove(path: Path) -> None:
     if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
+        for _ in range(REMOVALS):
+            shutil.rmtree(path, ignore_errors=True)
+            if not path.exists():
+                return
+            time.sleep(0.05)
     else:
         path.unlink(missing_ok=True)
 

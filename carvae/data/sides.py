@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from carvae.data.composition import fraction_interval
 from carvae.data.contrast import Floats
+from carvae.data.diversity import SIZE_BINS
 from carvae.data.results import samples_path
 from carvae.errors import ReadError, SchemaError, nearest
 
@@ -30,6 +31,7 @@ OF_KIND = {
 }
 ENDINGS = (".h5ad", ".zarr", ".csv.gz", ".csv")
 BINARY = 2
+DEPTH, AT_DEPTH = "clone_depth", "_at_depth"
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +180,7 @@ def kind_of(column: str, table: pd.DataFrame) -> str:
         return "composition" if f"low {column}" in table else "markers"
     if column.startswith("mean score_"):
         return "signatures"
-    if column.startswith("clone_") and not column.endswith(("_low", "_high")):
+    if column.startswith("clone_") and not column.endswith(("_low", "_high")) and column != DEPTH:
         return "clones"
     return ""
 
@@ -186,7 +188,33 @@ def kind_of(column: str, table: pd.DataFrame) -> str:
 def is_share(figure: str, kind: str) -> bool:
     """Whether a figure is between 0 and 1."""
     others = {UNKNOWN, "mean_confidence", "mean_novelty", "gene_overlap"}
-    return kind in {"composition", "markers", "signatures", "CAR"} or figure in others
+    of_clones = {f"clone_{name}" for name in (*SIZE_BINS, "expansion", "gini_simpson", "evenness", "gini")}
+    known = kind in {"composition", "markers", "signatures", "CAR"} or figure in others
+    return known or figure.removesuffix(AT_DEPTH) in of_clones
+
+
+def apart(a: Side, b: Side) -> tuple[Side, Side, list[str]]:
+    """The sides such that they can be compared, and what was done for it.
+
+    Where the samples of B are among those of A, they are left out of A: B is compared with the others. Clonal figures
+    at equal depth are left out where the depths of the sides differ.
+    """
+    notes = []
+    inside = a.table["sample"].isin(b.table["sample"]).to_numpy()
+    if inside.sum() == len(b.table) < len(a.table):
+        a = Side(a.name, a.table[~inside].reset_index(drop=True), a.unit_R[~inside])
+        notes.append("the samples of B are in A too, and left out there: B is compared with the others")
+    depths = sorted({depth for side in (a, b) if DEPTH in side.table for depth in side.table[DEPTH].dropna()})
+    if len(depths) > 1:
+        said = ", ".join(f"{depth:g}" for depth in depths)
+        notes.append(
+            f"clonal figures at equal depth were drawn at different depths ({said}) and are left out; annotate "
+            "both sides with the same clones.depth"
+        )
+        a, b = (
+            Side(s.name, s.table.drop(columns=[c for c in s.table if AT_DEPTH in str(c)]), s.unit_R) for s in (a, b)
+        )
+    return a, b, notes
 
 
 def figures(a: Side, b: Side) -> dict[str, str]:

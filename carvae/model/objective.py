@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,9 +32,12 @@ from carvae.model.cuda_graph import GraphedStep
 from carvae.model.heads import label_loss
 from carvae.model.metrics import AxisScores, score_axis
 from carvae.model.network import Network
+from carvae.model.progress import Pace
 
 log = logging.getLogger(__name__)
 
+LOSS = "(loss)"
+"""Beside the label axes in what is kept of held-out cells."""
 STEPS_PER_CALL = 16
 """Optimiser steps in one call of Lightning, whose own work between calls costs up to a quarter of a step."""
 LR_WARMUP = 0.05
@@ -81,6 +85,9 @@ class Objective(lightning.LightningModule):
         self._train_sums: dict[str, Tensor] = {}
         self._held_out: list[dict[str, Tensor]] = []
         self._due: Iterator[Minibatch] = iter(())
+        self._cell_loss_N = torch.zeros(0)
+        self.pace = Pace(1, 1.0, 0, time.monotonic())
+        self.validation_study = cohort.study_N[split.validation]
 
     def train_dataloader(self) -> Chunks:
         """Training cells, in the order of this epoch."""
@@ -105,6 +112,8 @@ class Objective(lightning.LightningModule):
             group["lr"] = torch.as_tensor(group["lr"], device=self.device) if graphs else float(group["lr"])
         optimizer._warned_capturable_if_run_uncaptured = True  # the first steps and small minibatches are not recorded
         size = self.config.train.batch_size
+        mean_size = self.split.train.size / math.ceil(self.split.train.size / size)  # the last minibatch is smaller
+        self.pace = Pace(self.n_steps, mean_size, self.global_step, time.monotonic())
         self._graphed = GraphedStep(self._optimise, size, self._most_entries()) if graphs else None
 
     def training_step(self, batches: list[Minibatch], batch_idx: int) -> None:
@@ -137,7 +146,10 @@ class Objective(lightning.LightningModule):
             said = [f"train loss {means['train_loss']:.2f}"]
             said += [] if self._val_loss is None else [f"held-out loss {self._val_loss:.2f}"]
             said += [f"{axis} macro-F1 {s.macro_f1:.3f}" for axis, s in self.scores.items() if len(s.recall) > 1]
-            log.info("epoch %d: %s", self.current_epoch + 1, ", ".join(said))
+            said.append(self.pace.said(self.global_step, time.monotonic()))
+            log.info(
+                "epoch %d of %d: %s", self.current_epoch + 1, self.trainer.max_epochs, ", ".join(filter(None, said))
+            )
 
     def on_validation_epoch_start(self) -> None:
         """Put the training sums aside: validation has its own."""
@@ -148,7 +160,11 @@ class Objective(lightning.LightningModule):
         """Loss of held-out cells with z at its mean, and their predictions."""
         loss, parts, answer = self._loss(batch, None, self.config.train.kl_weight)
         self._accumulate(parts | {"val_loss": loss}, batch)
-        self._held_out.append({axis: log_NS[: batch.n_counted].exp().cpu() for axis, log_NS in answer.items()})
+        n = batch.n_counted
+        self._held_out.append(
+            {axis: log_NS[:n].exp().cpu() for axis, log_NS in answer.items()}
+            | {LOSS: self._cell_loss_N[:n, None].float().cpu()}
+        )
 
     def on_validation_epoch_end(self) -> None:
         """Log held-out losses and label scores over the whole held-out set."""
@@ -156,8 +172,9 @@ class Objective(lightning.LightningModule):
         self._refuse_divergence(means["val_loss"])  # comes before the training epoch's own end
         self._val_loss = means["val_loss"]
         self.log_dict({name if name == "val_loss" else f"val_{name}": value for name, value in means.items()})
+        self.log_dict(self._losses_of_studies())
         for axis, leaves in self.leaves.items():
-            scores = score_axis(self._held_out_probability(axis), self.truth[axis], leaves)
+            scores = score_axis(self._held_out_of(axis), self.truth[axis], leaves)
             if scores is not None:
                 self.scores[axis] = scores
                 self.log_dict({f"val_{axis}_macro_f1": scores.macro_f1, f"val_{axis}_ece": scores.ece})
@@ -186,6 +203,8 @@ class Objective(lightning.LightningModule):
         z_NK = posterior.mean_NK if thin is None else posterior.sample()
         elbo = self.network.vae.elbo(batch.counts, posterior, z_NK, batch.covariate_NC, batch.unmeasured_NG)
         loss = elbo.loss(kl_weight)
+        if thin is None:
+            self._cell_loss_N = elbo.reconstruction_N + elbo.kl_N
         parts = {"reconstruction": elbo.reconstruction, "kl": elbo.kl_N.mean()}
         answer = self.network.head.latent_view(posterior.mean_NK)  # the gene view is fitted when this is done
         for a, (axis, log_probability_NS) in enumerate(answer.items()):
@@ -244,9 +263,20 @@ class Objective(lightning.LightningModule):
         size = max(1024, self.config.train.batch_size)
         return MinibatchLoader(self.data, self.split.validation, size, share=self.share)
 
-    def _held_out_probability(self, axis: str) -> NDArray[np.float32]:
-        """Leaf probabilities of all held-out cells, in their order, from all processes; shape (N, S)."""
-        mine_NS = torch.cat([p[axis] for p in self._held_out]).float()
+    def _losses_of_studies(self) -> dict[str, float]:
+        """Held-out negative ELBO (nats per cell) of each study, where several have held-out cells.
+
+        Studies are numbered in the order of the config, from 1: their names do not go into a log that may be shared.
+        """
+        studies = np.unique(self.validation_study)
+        if studies.size < 2:  # noqa: PLR2004
+            return {}
+        loss_N = self._held_out_of(LOSS)[:, 0]
+        return {f"val_elbo/study_{s + 1}": float(loss_N[self.validation_study == s].mean()) for s in studies.tolist()}
+
+    def _held_out_of(self, name: str) -> NDArray[np.float32]:
+        """Leaf probabilities of an axis, or losses, of the held-out cells in order, from all processes; (N, S)."""
+        mine_NS = torch.cat([p[name] for p in self._held_out]).float()
         order, rows = self._watched().visits(), self.split.validation
         cells = order.everyone[order.place_N][: len(mine_NS)]
         all_NS = mine_NS.new_zeros(rows.size, mine_NS.shape[1])

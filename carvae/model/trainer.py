@@ -6,8 +6,9 @@ import logging
 import os
 import shutil
 import sys
+import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -17,9 +18,11 @@ import lightning.pytorch as lightning
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies.ddp import DDPStrategy as FabricStrategy
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
 from carvae.config import Config
 from carvae.errors import ConfigError
@@ -32,6 +35,8 @@ log = logging.getLogger(__name__)
 
 ACCELERATOR = {"auto": "auto", "cpu": "cpu", "cuda": "gpu"}
 """Lightning's name of each."""
+SHOWN = (("train loss", "train_loss"), ("held-out loss", "val_loss"))
+"""Losses on the line of progress."""
 PATIENCE = timedelta(days=7)
 """How long processes wait for each other: the first may have studies to read."""
 
@@ -90,6 +95,7 @@ def trainer_of(
 ) -> lightning.Trainer:
     """The Trainer of one stage, on the devices and with the precision that the settings ask for."""
     settings = config.train
+    shown = sys.stderr.isatty() and log.isEnabledFor(logging.INFO)
     return lightning.Trainer(
         accelerator=ACCELERATOR[settings.accelerator],
         strategy=_Processes(timeout=PATIENCE) if processes.world() > 1 else "auto",
@@ -99,12 +105,12 @@ def trainer_of(
         precision=_precision(config),
         max_epochs=epochs,
         logger=loggers,
-        callbacks=callbacks,
+        callbacks=[*callbacks, LiveLine()] if shown else callbacks,
         log_every_n_steps=50,
         reload_dataloaders_every_n_epochs=1,
         num_sanity_val_steps=0,
         enable_model_summary=False,
-        enable_progress_bar=sys.stderr.isatty() and log.isEnabledFor(logging.INFO),
+        enable_progress_bar=shown,
         default_root_dir=folder,
     )
 
@@ -117,6 +123,69 @@ def quiet_lightning() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning.*")
         yield
+
+
+class LiveLine(ProgressBar):
+    """One line on a terminal: how far the whole run is, the losses, the rate and the time left."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        super().__init__()
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[said]}"),
+            console=console or Console(stderr=True),
+            transient=True,
+        )
+        self.task: TaskID | None = None
+
+    def disable(self) -> None:
+        """Show nothing, as in all processes but the first."""
+        self.bar.disable = True
+
+    def enable(self) -> None:
+        """Show the line again."""
+        self.bar.disable = False
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """Begin where the run goes on."""
+        self.task = self.bar.add_task("", total=pl_module.n_steps, completed=trainer.global_step, said="")
+        self.bar.start()
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, *_: Any) -> None:
+        """Move on."""
+        assert self.task is not None
+        pace = pl_module.pace.said(trainer.global_step, time.monotonic())
+        known = trainer.callback_metrics
+        losses = [f"{name} {float(known[key]):.1f}" for name, key in SHOWN if key in known]
+        self.bar.update(
+            self.task,
+            completed=trainer.global_step,
+            description=f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}",
+            said=", ".join(filter(None, [*losses, pace])),
+        )
+
+    def teardown(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
+        """Take the line away, however the run ends."""
+        self.bar.stop()
+
+
+class EveryFewEpochs(Callback):
+    """Draws a picture after every ``every`` epochs, in the first process, for W&B as well."""
+
+    def __init__(self, every: int, draw: Callable[[int], Path]) -> None:
+        self.every, self.draw = every, draw
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Draw where it is due."""
+        epoch = trainer.current_epoch + 1
+        if epoch % self.every or processes.rank():
+            return
+        picture = self.draw(epoch)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image("map", [str(picture)])
 
 
 class _EarlyStopping(EarlyStopping):

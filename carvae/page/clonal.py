@@ -27,6 +27,15 @@ NO_RECEPTORS = (
     "AIRR, "
     "scirpy)."
 )
+TRACKED = {
+    "patient": "patient",
+    "n_cells": "cells",
+    "timepoints": "time points",
+    "first_fraction": "share first",
+    "last_fraction": "share last",
+    "first_state": "state first",
+    "last_state": "state last",
+}
 COLUMNS = {
     "clone_cells": "cells with a clone",
     "clone_n": "clones",
@@ -129,7 +138,7 @@ def _tracking(facts: Facts, shown: ClonalCells, chosen: list[str], order: list[s
         "is "
         "not lost."
     )
-    head = table.head(MOST_CLONES).set_index("clone")
+    head = table.head(MOST_CLONES).set_index("clone")[list(TRACKED)].rename(columns=TRACKED)
     more = f"The first {len(head)} of {len(table):,}; carvae clones writes all." if len(head) < len(table) else ""
     grid = Grid("Tracked clones", head, more)
     return [picture("tracking", "Clones over time", shows, draw), grid]

@@ -76,9 +76,15 @@ def _table(
     columns: dict[str, object] = {}
     for state in states:
         ends = zip(share[state], low[state], high[state], strict=True)
-        columns[state] = [f"{percent(v)} ({percent(a)} to {percent(b)})" if np.isfinite(v) else "–" for v, a, b in ends]
+        columns[state] = [
+            f"{_hundredths(v)} ({_hundredths(a)}–{_hundredths(b)})" if v >= 0 else "–" for v, a, b in ends
+        ]
     columns["cells with a state"] = total
-    return Grid("Shares with 95% intervals", pd.DataFrame(columns, index=share.index.rename("sample")))
+    return Grid("Shares with 95% intervals, in percent", pd.DataFrame(columns, index=share.index.rename("sample")))
+
+
+def _hundredths(share: float) -> str:
+    return f"{100 * share:.0f}" if share == 0 or share >= 0.1 else f"{100 * share:.1f}"  # noqa: PLR2004
 
 
 def usual_shares(facts: Facts) -> pd.DataFrame | None:

@@ -103,7 +103,8 @@ def _author(facts: Facts) -> list[Block]:
     shows = f"Where the cells of each label of obs['{column}'] went."
     if both.any():
         same = float((label.to_numpy(object)[both] == facts.cells.state_N[both]).mean())
-        shows += f" Of {int(both.sum()):,} cells with a state that bear one of its names, {same:.0%} bear the same."
+        shows += f" Of {int(both.sum()):,} cells with a state that bear one of its names, {same:.0%} bear the same"
+        shows += " (of cells that the model was trained on, more than of others)."
     return [picture("author", "Beside the author's labels", shows, draw)]
 
 

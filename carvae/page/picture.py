@@ -18,7 +18,7 @@ from matplotlib.figure import Figure as Canvas
 from carvae.page.blocks import Picture
 from carvae.plots.look import canvas_of
 
-INK, FAINT = "#1b1f24", "#e6e6e6"
+INK, FAINT, GREY = "#1b1f24", "#e6e6e6", "#d9d9d9"
 DARK_INK, DARK_FAINT = "#e6edf3", "#2b313a"
 SETTINGS: dict[Any, Any] = {
     "text.color": INK,
@@ -32,7 +32,8 @@ SETTINGS: dict[Any, Any] = {
     "text.parse_math": False,  # a name with dollars is a name
 }
 STYLE = (
-    f"<style>:root{{--ink:{INK};--faint:{FAINT}}}@media(prefers-color-scheme:dark){{:root{{--ink:{DARK_INK};"
+    f"<style>:root{{--ink:{INK};--faint:{FAINT}}}@media screen and "
+    f"(prefers-color-scheme:dark){{:root{{--ink:{DARK_INK};"
     f"--faint:{DARK_FAINT}}}}}</style>"
 )
 DPI = 130
@@ -60,7 +61,7 @@ def picture(
 
 def _themed(svg: str) -> str:
     svg = svg[svg.index("<svg") :]  # without the preamble, which names a DTD on the web
-    svg = svg.replace(INK, "var(--ink)").replace(FAINT, "var(--faint)")
+    svg = svg.replace(INK, "var(--ink)").replace(FAINT, "var(--faint)").replace(GREY, "var(--faint)")
     # Hundredths of a point are enough for outlines; the scales of transforms want all their digits.
     svg = re.sub(r' d="[^"]*"', lambda outline: re.sub(r"(\.\d\d)\d+", r"\1", outline[0]), svg)
     return svg.replace(">", f">{STYLE}", 1)

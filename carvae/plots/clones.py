@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullLocator
 
 from carvae.data.tracking import ClonalCells, detection_limit
 from carvae.plots.look import finish, legend_beside, new_axes, styles, with_count
@@ -78,6 +79,9 @@ def plot_tracking(
         shade = [colour[s.iloc[0]] if len(s) else UNKNOWN_COLOUR for s in state]
         axes.scatter(x[at], y[at], c=[shade[i] for i in at], s=34, zorder=3, edgecolors="white", linewidths=0.5)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
+    axes.yaxis.set_minor_locator(NullLocator())
     floor = axes.get_ylim()[0]
     axes.fill_between(x, floor, limit, color=MISSED, zorder=0, linewidth=0)
     axes.set_ylim(bottom=floor)

@@ -68,6 +68,9 @@ def _rows(table: pd.DataFrame) -> pd.DataFrame:
     values = table[["a", "b"]]
     drawn = (values.isna() | ((values >= 0) & (values <= 1))).all(axis=1) & values.notna().any(axis=1)
     parts = []
+    depth = table["figure"].str.endswith("_at_depth")
+    if depth.any():  # of clones, what does not hang on the cells counted
+        drawn = drawn & (depth | (table["group"] != "clones"))
     for group, heading in SHOWN.items():
         own = table[(table["group"] == group) & drawn]
         if len(own):

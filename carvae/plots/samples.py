@@ -145,7 +145,8 @@ def draw_shares(
         States x ``low``, ``middle``, ``high``: where the training samples lie, as a band with a line.
     """
     rows = -(-shares.shape[1] // COLUMNS)
-    canvas = Canvas(figsize=(11.0, rows * (1.25 + 0.24 * len(shares))), layout="constrained")
+    each = float(np.clip(6 / max(len(shares), 1), 0.15, 0.24))  # many samples close together, so that they print
+    canvas = Canvas(figsize=(11.0, rows * (1.1 + each * len(shares))), layout="constrained")
     panels = np.asarray(canvas.subplots(rows, COLUMNS, sharey=True, squeeze=False)).ravel()
     y = np.arange(len(shares))
     for ax, state in zip(panels, map(str, shares.columns), strict=False):

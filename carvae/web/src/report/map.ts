@@ -18,8 +18,9 @@ const element = <T extends HTMLElement>(id: string): T => {
   return found as T;
 };
 
-function ramp(): string[] {
-  const rgb = VIRIDIS.map((hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16)));
+function ramp(dark: boolean): string[] {
+  // On a dark page the darkest colours would not be seen.
+  const rgb = VIRIDIS.slice(dark ? 2 : 0).map((hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16)));
   return Array.from({ length: STEPS }, (_, step) => {
     const at = (step / (STEPS - 1)) * (rgb.length - 1);
     const low = Math.min(Math.floor(at), rgb.length - 2);
@@ -43,13 +44,13 @@ function shuffled(n: number): number[] {
 export class CellMap {
   private readonly plot: Scatterplot;
   private readonly order: number[];
-  private readonly ramp = ramp();
   private column: Column;
   private layout: Layout;
   private codes: Uint16Array<ArrayBufferLike> = new Uint16Array();
   private chosen: number[] = [];
   private alone: number | null = null;
   private readonly dark = matchMedia("(prefers-color-scheme: dark)");
+  private ramp = ramp(this.dark.matches);
 
   constructor(private readonly cells: Cells) {
     this.order = shuffled(cells.n);
@@ -61,20 +62,28 @@ export class CellMap {
       colorBy: "valueA",
       sizeBy: "valueB",
       pointOutlineWidth: 1,
-      lassoOnLongPress: true,
+      pointSizeSelected: 1,
+      lassoOnLongPress: false, // its sign is styled by text, which the policy refuses; there is a button
       lassoInitiator: false,
       spatialIndexUseWorker: false,
       ...this.look(),
     });
     this.fill();
     this.listen();
-    void this.draw();
+    void this.draw(true);
   }
 
   /** The room for the canvas; by itself the library would measure what it then changes. */
   private size() {
     const { clientWidth, clientHeight } = element("frame");
     return { width: clientWidth, height: clientHeight };
+  }
+
+  /** The whole map, which is as wide as it is high, however narrow the frame. */
+  private home(): void {
+    const { width, height } = this.size();
+    this.plot.reset();
+    this.plot.set({ cameraDistance: Math.max(1, height / width) });
   }
 
   private look() {
@@ -101,7 +110,7 @@ export class CellMap {
     }
     element<HTMLSelectElement>("layout").append(...this.cells.layoutNames.map((name) => new Option(name, name)));
     const size = element<HTMLInputElement>("size");
-    size.value = String(Math.min(8, Math.max(2, Math.round(2 * (600 / Math.sqrt(this.cells.n)) * 0.35) / 2)));
+    size.value = String(Math.min(8, Math.max(2, Math.round(2 * (600 / Math.sqrt(this.cells.n)) * 0.45) / 2)));
   }
 
   private listen(): void {
@@ -117,7 +126,7 @@ export class CellMap {
     on("size", "input", () => this.plot.set({ pointSize: this.sizes() }));
     on("lasso", "click", () => this.lasso(element("lasso").getAttribute("aria-pressed") !== "true"));
     on("clear", "click", () => this.plot.deselect());
-    on("home", "click", () => this.plot.reset());
+    on("home", "click", () => this.home());
     on("csv", "click", () => this.saveCells(this.order.map((_, i) => i), "cells.csv"));
     on("csvChosen", "click", () => this.saveCells(this.chosen, "cells_chosen.csv"));
     on("png", "click", () => void this.savePicture());
@@ -126,7 +135,11 @@ export class CellMap {
     this.plot.subscribe("pointOver", (cell) => this.tip(cell));
     this.plot.subscribe("pointOut", () => this.tip(null));
     new ResizeObserver(() => this.plot.set(this.size())).observe(element("frame"));
-    this.dark.addEventListener("change", () => this.plot.set(this.look()));
+    this.dark.addEventListener("change", () => {
+      this.plot.set(this.look());
+      this.ramp = ramp(this.dark.matches);
+      void this.draw();
+    });
   }
 
   private lasso(pressed: boolean): void {
@@ -173,7 +186,7 @@ export class CellMap {
     this.plot.set({ pointColor: colours, pointSize: this.sizes(), pointOrder: null });
     await this.plot.draw({ x, y, valueA, valueB }, { zDataType: "categorical", wDataType: "categorical", select: this.chosen });
     this.plot.set({ pointOrder: [...first, ...order] });
-    if (moved) this.plot.reset();
+    if (moved) this.home();
     this.legend();
     element("cellmap").dataset.drawn = `${this.layout.name}/${this.column.name}`;
   }
