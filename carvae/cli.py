@@ -226,7 +226,7 @@ def check(
 
 @app.command()
 def report(
-    annotated: Annotated[Path, typer.Argument(help=".h5ad or .zarr that `carvae annotate` wrote.")],
+    annotated: Annotated[Path, typer.Argument(metavar="FILE", help=".h5ad or .zarr that `carvae annotate` wrote.")],
     out: Annotated[Path, typer.Option(help="The page, .html: one file that opens without a network.")],
     overrides: Overrides = None,
     model: Annotated[

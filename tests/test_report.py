@@ -407,7 +407,8 @@ def test_in_a_browser_cells_are_coloured_chosen_and_saved(browser: Any, written:
         states = pd.Series([row[rows[0].index("state")] for row in rows[1:]]).value_counts()
         assert sorted(states) == sorted(shown)
         tab.click("#clear")
-        assert tab.locator("#chosen h4").count() == 0
+        tab.wait_for_selector("#chosen h4", state="detached")
+        assert tab.locator("#csvChosen").is_disabled()
         tab.mouse.down()
         tab.wait_for_timeout(1200)  # a long press starts nothing that the policy refuses
         tab.mouse.up()

@@ -125,7 +125,10 @@ export class CellMap {
     });
     on("size", "input", () => this.plot.set({ pointSize: this.sizes() }));
     on("lasso", "click", () => this.lasso(element("lasso").getAttribute("aria-pressed") !== "true"));
-    on("clear", "click", () => this.plot.deselect());
+    on("clear", "click", () => {
+      this.plot.deselect();
+      this.choose([]);
+    });
     on("home", "click", () => this.home());
     on("csv", "click", () => this.saveCells(this.order.map((_, i) => i), "cells.csv"));
     on("csvChosen", "click", () => this.saveCells(this.chosen, "cells_chosen.csv"));
