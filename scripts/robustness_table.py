@@ -54,7 +54,7 @@ class Ran:
 
 def run(tests: list[str], report: Path) -> None:
     """Run the tests, each file in one process, and write pytest's report."""
-    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-o", "junit_family=xunit1", f"--junitxml={report}", *tests]
     subprocess.run(command, cwd=ROOT, check=False)
 
 

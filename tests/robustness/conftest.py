@@ -23,11 +23,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture
-def says(record_property: Callable[[str, object], None], tmp_path: Path) -> Callable[[object], None]:
+def says(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[object], None]:
     """Keeps what was said, or measured, for the table; paths of this run are left out."""
 
     def keep(text: object) -> None:
-        record_property("says", " ".join(str(text).replace(str(tmp_path), "…").split())[:400])
+        said = " ".join(str(text).replace(str(tmp_path), "…").split())[:400]
+        request.node.user_properties.append(("says", said))
 
     return keep
 
