@@ -23,8 +23,8 @@ from carvae.data.timepoints import in_order
 from carvae.data.tracking import ClonalCells, changes, flow, persistence, sharing, tracked, transitions
 from carvae.errors import ConfigError, ReadError, SchemaError
 from carvae.labels.axis import RESERVED
-from carvae.patient_config import ClonesConfig
 from carvae.plots.clones import draw_flow, draw_tracking
+from carvae.section_patient import ClonesConfig
 
 log = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from carvae.errors import ConfigError, join_problems
-from carvae.patient_config import CarConfig, ClonesConfig
 from carvae.section import Section, apply, read_yaml, sentence
 from carvae.section_compare import CompareConfig
+from carvae.section_patient import CarConfig, ClonesConfig
 from carvae.section_report import ReportConfig
 from carvae.section_respond import PerturbConfig, RespondConfig
 

@@ -20,13 +20,13 @@ from carvae.data.atomic import replacing_file
 from carvae.data.markers import AUTHOR, PREDICTED, Grouping, marker_table
 from carvae.data.readers import CountsSource, open_samples
 from carvae.data.spreadsheet import write_table
-from carvae.errors import BundleError, ConfigError, CountsError, SchemaError
+from carvae.errors import ConfigError, CountsError, SchemaError
 from carvae.labels.axis import RESERVED
 from carvae.labels.signatures import Signatures
 from carvae.model.attribution import Attribution, Baseline, attribute, baseline, normalised
 from carvae.model.bundle import Bundle
 from carvae.model.machine import load_on
-from carvae.model.query import UNKNOWN, Calls, Query, Samples, calls, read
+from carvae.model.query import UNKNOWN, Calls, Query, Samples, calls, read, refuse_place
 from carvae.plots.markers import draw_markers
 
 log = logging.getLogger(__name__)
@@ -100,10 +100,7 @@ def run(query: Path, model: Path, out: Path, config: ExplainConfig, predict: Pre
 
 def refuse(bundle: Bundle, out: Path) -> None:
     """Raise what `run` would raise before it looks at the query."""
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {str(out)!r} is a file; explain writes tables and a picture into a folder")
-    if bundle.tree is None:
-        raise BundleError("this model was trained without labels, so there are no calls to explain")
+    refuse_place(bundle, out, "explain")
 
 
 def _read(

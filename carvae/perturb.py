@@ -26,11 +26,11 @@ from carvae.data.atomic import replacing_file
 from carvae.data.patients import Floats
 from carvae.data.readers import CountsSource, open_samples
 from carvae.data.spreadsheet import write_table
-from carvae.errors import BundleError, ConfigError, CountsError, SchemaError, nearest
+from carvae.errors import ConfigError, CountsError, SchemaError, nearest
 from carvae.model.bundle import Bundle
 from carvae.model.intervention import Direction, Expression, Intervention, applied, control, intervention
 from carvae.model.machine import load_on
-from carvae.model.query import UNKNOWN, Query, Samples, calls, read
+from carvae.model.query import UNKNOWN, Query, Samples, calls, read, refuse_place
 from carvae.respond import asked_of, cells_of
 from carvae.response.cells import Model, describe
 from carvae.section_respond import PerturbConfig
@@ -117,10 +117,7 @@ def run(query: Path, model: Path, out: Path, config: PerturbConfig, predict: Pre
 
 def refuse(bundle: Bundle, out: Path) -> None:
     """Raise what `run` would raise before it looks at the query."""
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {str(out)!r} is a file; perturb writes tables and a picture into a folder")
-    if bundle.tree is None:
-        raise BundleError("this model was trained without labels, so there are no states to look at")
+    refuse_place(bundle, out, "perturb")
 
 
 def _interventions(bundle: Bundle, config: PerturbConfig) -> list[Intervention]:

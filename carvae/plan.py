@@ -23,10 +23,10 @@ from carvae.config import PlanConfig, PredictConfig
 from carvae.data.atomic import replacing_file
 from carvae.data.readers import open_samples
 from carvae.data.spreadsheet import write_table
-from carvae.errors import BundleError, ConfigError, CountsError
+from carvae.errors import ConfigError, CountsError
 from carvae.model.bundle import Bundle
 from carvae.model.machine import load_on
-from carvae.model.query import UNKNOWN, Calls, Query, Samples, calls, order_within, read
+from carvae.model.query import UNKNOWN, Calls, Query, Samples, calls, order_within, read, refuse_place
 
 log = logging.getLogger(__name__)
 
@@ -63,10 +63,7 @@ def run(query: Path, model: Path, out: Path, config: PlanConfig, predict: Predic
 
 def refuse(bundle: Bundle, out: Path) -> None:
     """Raise what `run` would raise before it looks at the query."""
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {str(out)!r} is a file; plan writes {TABLE} and {PLOT} into a folder")
-    if bundle.tree is None:
-        raise BundleError("this model was trained without labels, so there is no composition to plan for")
+    refuse_place(bundle, out, "plan")
 
 
 def designs(

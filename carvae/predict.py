@@ -33,7 +33,7 @@ from carvae.model.cell_clones import Asked, check_given
 from carvae.model.machine import load_on
 from carvae.model.query_pass import Pass
 from carvae.model.verdict import IN_RANGE
-from carvae.patient_config import ClonesConfig
+from carvae.section_patient import ClonesConfig
 
 log = logging.getLogger(__name__)
 

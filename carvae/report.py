@@ -40,9 +40,9 @@ from carvae.page.expression import Expression, read_expression
 from carvae.page.facts import MARKERS, Facts, several
 from carvae.page.layout import lay_out
 from carvae.page.render import Head, render
-from carvae.patient_config import ClonesConfig
 from carvae.respond import cells_of, predicted
 from carvae.response.cells import described_query
+from carvae.section_patient import ClonesConfig
 from carvae.section_report import ReportConfig
 
 log = logging.getLogger(__name__)

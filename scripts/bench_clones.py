@@ -28,8 +28,8 @@ from carvae.config import PredictConfig
 from carvae.data import diversity
 from carvae.data.clonotypes import find_clones
 from carvae.data.transgene import UNKNOWN, call_car
-from carvae.patient_config import ClonesConfig
 from carvae.predict import annotate
+from carvae.section_patient import ClonesConfig
 
 SKBIO = {
     "shannon": ("shannon", {"base": np.e}),

@@ -11,7 +11,7 @@ from trained import carvae
 
 from carvae.clones import PLOTS, TABLES, clonal_cells, run
 from carvae.errors import SchemaError
-from carvae.patient_config import ClonesConfig
+from carvae.section_patient import ClonesConfig
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from carvae.data.clonotypes import ALONE, JOINED, PAIRED, Clonotypes, find_clones, group_receptors, own_clones
 from carvae.data.contigs import beside
 from carvae.errors import ConfigError, ReadError
-from carvae.patient_config import ClonesConfig
+from carvae.section_patient import ClonesConfig
 
 scirpy = pytest.importorskip("scirpy", reason="needs scirpy (pip install 'carvae[tcr]')")
 

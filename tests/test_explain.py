@@ -224,7 +224,7 @@ def test_a_file_in_the_way_and_a_model_without_labels_are_refused(world: World, 
     assert (answer.code, "is a file; explain writes tables" in answer.err) == (1, True)
     made: Bundle = tiny_bundle(None, GENES)
     answer = carvae("explain", world.query_path, "--model", made.save(tmp_path / "m"), "--out", tmp_path / "o")
-    assert (answer.code, "trained without labels, so there are no calls to explain" in answer.err) == (1, True)
+    assert (answer.code, "trained without labels, so there is nothing to explain" in answer.err) == (1, True)
 
 
 def test_the_packaged_markers_hold_what_a_car_t_report_shows() -> None:

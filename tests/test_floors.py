@@ -20,7 +20,9 @@ ROOT = PACKAGE.parent
 # A folder or a module on top stands on one floor and imports only from the floors below.
 FLOOR = {
     "errors": 0,
-    **dict.fromkeys(("section", "patient_config", "section_respond", "section_report", "section_compare", "config"), 1),
+    **dict.fromkeys(
+        ("section", "section_patient", "section_respond", "section_report", "section_compare", "config"), 1
+    ),
     **dict.fromkeys(("data", "labels"), 2),
     **dict.fromkeys(("model", "plots"), 3),
     **dict.fromkeys(("response", "page", "watch"), 4),
@@ -33,7 +35,7 @@ FLOOR = {
     "__main__": 11,
 }
 # Training rebuilds a store that is out of date; a config is made of sections.
-_SECTIONS = ("section", "patient_config", "section_respond", "section_report", "section_compare")
+_SECTIONS = ("section", "section_patient", "section_respond", "section_report", "section_compare")
 BESIDE = {("train", "ingest"), *((a, "section") for a in _SECTIONS[1:]), *(("config", a) for a in _SECTIONS)}
 ONLY_IN = {
     "lightning": {"model/objective.py", "model/trainer.py"},

@@ -22,8 +22,8 @@ from carvae.errors import CarvaeError
 from carvae.labels.tree import LabelTree
 from carvae.model.cell_clones import Asked
 from carvae.model.sample_table import shared
-from carvae.patient_config import ClonesConfig
 from carvae.predict import run
+from carvae.section_patient import ClonesConfig
 
 BUNDLE = tiny_bundle(LabelTree.flat(["x", "y", "z"]))
 N = 120

@@ -126,7 +126,7 @@ def test_the_verb_writes_a_table_and_a_plot(world: World, tmp_path: Path, caplog
     assert (tmp_path / "again" / "plan.csv").read_bytes() == (tmp_path / "o" / "plan.csv").read_bytes()
     (tmp_path / "file").write_text("mine")
     for out, setting, words in (
-        ("file", "plan.draws=2", "is a file; plan writes plan.csv and plan.png into a folder"),
+        ("file", "plan.draws=2", "is a file; plan writes its tables and pictures into a folder"),
         ("new", "train.lr=1", "changes nothing here; this verb reads plan.* and predict.* and seed alone"),
         ("new", "plan.reads_per_cell=1", "is not above"),
     ):

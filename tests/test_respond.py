@@ -26,10 +26,10 @@ from carvae.page import outcomes
 from carvae.page.annotated import read_annotated
 from carvae.page.blocks import Grid, Text
 from carvae.page.facts import Facts
-from carvae.patient_config import ClonesConfig
 from carvae.respond import FEW, FEW_CELLS
 from carvae.response.cells import described_query, of_samples, with_outcomes
 from carvae.response.learn import drawn_anew, learn
+from carvae.section_patient import ClonesConfig
 from carvae.section_respond import RespondConfig
 
 QUICK = HeadSettings(n_members=2, n_cells=20, n_steps=15)

@@ -23,7 +23,7 @@ from scipy.sparse.csgraph import connected_components
 
 from carvae.data.contigs import ARMS, CHAINS, FileMatch, Receptors, match_cells, read_receptors
 from carvae.errors import ReadError
-from carvae.patient_config import ClonesConfig
+from carvae.section_patient import ClonesConfig
 
 Ints = NDArray[np.int64]
 NONE = -1

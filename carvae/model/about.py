@@ -13,7 +13,7 @@ from carvae.data.readers import CountsSource
 from carvae.data.schema import contract_columns, query_obs
 from carvae.data.sheet import of_cells, read_sheet
 from carvae.errors import ConfigError, nearest
-from carvae.patient_config import ClonesConfig
+from carvae.section_patient import ClonesConfig
 
 log = logging.getLogger(__name__)
 

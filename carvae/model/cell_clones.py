@@ -17,7 +17,7 @@ from carvae.data.contigs import beside
 from carvae.data.readers import CountsSource
 from carvae.data.schema import named_column
 from carvae.errors import CarvaeError, ConfigError, SchemaError
-from carvae.patient_config import ClonesConfig
+from carvae.section_patient import ClonesConfig
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from carvae.errors import ConfigError, SchemaError, nearest
 from carvae.labels.axis import RESERVED
 from carvae.model.labeller import Labelled
 from carvae.model.pseudotime import pseudotime, root_cells
-from carvae.patient_config import CarConfig, ClonesConfig
+from carvae.section_patient import CarConfig, ClonesConfig
 
 log = logging.getLogger(__name__)
 

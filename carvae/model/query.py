@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ from carvae.config import PredictConfig
 from carvae.data.genes import GeneTable
 from carvae.data.readers import CountsSource
 from carvae.data.schema import query_samples
+from carvae.errors import BundleError, ConfigError
 from carvae.model.bundle import Bundle
 
 log = logging.getLogger(__name__)
@@ -156,6 +158,22 @@ def calls(
         judged = bundle.trust.judge(bundle.network, panel, present_G)
         said, known_N = judged.probability_NS, known_N & ~bundle.trust.unknown(judged)
     return {axis: Calls(np.where(known_N, p_NS.argmax(1), UNKNOWN), p_NS.max(1)) for axis, p_NS in said.items()}
+
+
+def refuse_place(bundle: Bundle, out: Path, verb: str) -> None:
+    """Refuse what a verb that writes a folder about a model's labels cannot do.
+
+    Raises
+    ------
+    ConfigError
+        ``out`` is a file.
+    BundleError
+        The model has no labels.
+    """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {str(out)!r} is a file; {verb} writes its tables and pictures into a folder")
+    if bundle.tree is None:
+        raise BundleError(f"this model was trained without labels, so there is nothing to {verb}")
 
 
 def order_within(group_N: NDArray[np.intp], rng: np.random.Generator) -> NDArray[np.intp]:

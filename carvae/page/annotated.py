@@ -25,7 +25,7 @@ from carvae.data.schema import query_obs
 from carvae.data.spreadsheet import neutral_text
 from carvae.errors import ReadError
 from carvae.labels.axis import RESERVED, main_first
-from carvae.patient_config import ClonesConfig
+from carvae.section_patient import ClonesConfig
 
 AUTHOR_COLUMNS = ("author_cell_type", "cell_type")
 """Where CELLxGENE and others keep the author's labels."""

@@ -14,8 +14,8 @@ from carvae.model.bundle import Bundle
 from carvae.page.annotated import Annotated
 from carvae.page.expression import Expression
 from carvae.page.layout import Layout
-from carvae.patient_config import ClonesConfig
 from carvae.plots.look import styles
+from carvae.section_patient import ClonesConfig
 from carvae.section_report import ReportConfig
 
 MARKERS = {"LAG3": "LAG3", "PDCD1": "PD-1", "HAVCR2": "TIM-3"}
