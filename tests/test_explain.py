@@ -221,7 +221,7 @@ def test_refusals_leave_nothing(world: World, tmp_path: Path, settings: tuple[st
 def test_a_file_in_the_way_and_a_model_without_labels_are_refused(world: World, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     answer = carvae("explain", world.query_path, "--model", world.bundle, "--out", tmp_path / "file")
-    assert (answer.code, "is a file; explain writes tables" in answer.err) == (1, True)
+    assert (answer.code, "is a file; explain writes its tables" in answer.err) == (1, True)
     made: Bundle = tiny_bundle(None, GENES)
     answer = carvae("explain", world.query_path, "--model", made.save(tmp_path / "m"), "--out", tmp_path / "o")
     assert (answer.code, "trained without labels, so there is nothing to explain" in answer.err) == (1, True)
