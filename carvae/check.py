@@ -29,11 +29,12 @@ from carvae.doctor import Finding, report
 from carvae.errors import ConfigError, CountsError
 from carvae.ingest import open_all
 from carvae.labels.axis import RESERVED
+from carvae.labels.cohort import refuse_confounded
 from carvae.labels.signatures import Signatures
 from carvae.model.about import about_cells
 from carvae.model.bundle import Bundle
 from carvae.model.cell_clones import Asked
-from carvae.model.cohort import check_covariates, labels_of
+from carvae.model.cohort import SOURCE, check_covariates, labels_of
 from carvae.model.query_pass import TOLD, Pass
 
 CELLS_TRIED = 2048
@@ -135,6 +136,7 @@ def _of_labels(obs: pd.DataFrame, config: Config) -> tuple[dict[str, Any], list[
     weak = "cells of studies without labels are labelled by signatures, and marked weak" if config.labels.weak else ""
     if found is None:
         return {}, [Finding("labels", weak or "none: the model embeds and labels nothing")]
+    refuse_confounded(found.labels, obs[SOURCE].astype(str))
     axes, findings = {}, []
     for axis in found.labels.axes:
         leaf = axis.leaf[axis.code >= 0]

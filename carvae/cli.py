@@ -242,6 +242,7 @@ def report(
     run(annotated, out, model=model, config=settings.report, clones=settings.clones, seed=settings.seed, command=told)
 
 
+@app.command()
 @verb_of_queries("perturb.", "predict.", "seed=")
 def perturb(
     settings: Config,

@@ -96,12 +96,17 @@ def label_cells(
     by_study = np.concatenate(rows)
     assert by_study.size == len(label), "a cell is of no study"
     labels = concatenate(parts).take(np.argsort(by_study))
-    _refuse_confounded(labels, study)
     return CohortLabels(*prune(tree, labels))
 
 
-def _refuse_confounded(labels: EncodedLabels, study: pd.Series[str]) -> None:
-    """Refuse labels that are the studies' names by other words; warn where no label is in two studies."""
+def refuse_confounded(labels: EncodedLabels, study: pd.Series[str]) -> None:
+    """Warn where no label is in two studies; for training, which would learn the study and call it a state.
+
+    Raises
+    ------
+    LabelError
+        The labels are the studies' names by other words.
+    """
     shared, alone = False, True
     n_studies = 0
     for axis in labels.axes:

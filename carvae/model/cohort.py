@@ -19,7 +19,7 @@ from carvae.data.schema import NAMES
 from carvae.data.split import PatientSplit
 from carvae.data.store import CellStore
 from carvae.errors import ConfigError
-from carvae.labels.cohort import CohortLabels, StudyLabels, label_cells
+from carvae.labels.cohort import CohortLabels, StudyLabels, label_cells, refuse_confounded
 from carvae.labels.signatures import Signatures
 from carvae.labels.tree import LabelTree
 
@@ -49,18 +49,21 @@ class Cohort:
         Raises
         ------
         LabelError, ConfigError
-            Labels do not fit the tree, or a covariate is no column of the store.
+            Labels do not fit the tree, or say no more than the study; or a covariate is no column of the store.
         """
         obs = store.obs()
         check_covariates(obs, config)
         codes = {name: obs[name].astype("category").cat.codes.to_numpy(np.int64) for name in config.model.covariates}
+        labels = labels_of(obs, config)
+        if labels is not None:
+            refuse_confounded(labels.labels, obs[SOURCE].astype(str))
         return cls(
             store=store,
             obs=obs,
             covariate_NC=np.stack([*codes.values()], axis=1) if codes else np.zeros((len(obs), 0), np.int64),
             n_categories={name: int(code.max()) + 1 for name, code in codes.items()},
             study_N=pd.Categorical(obs[SOURCE].astype(str), categories=store.header.studies).codes.astype(np.int64),
-            cohort_labels=labels_of(obs, config),
+            cohort_labels=labels,
         )
 
     @property

@@ -67,7 +67,7 @@ def test_a_full_disk_or_a_kill_leaves_the_older_result(
         for name in ("A.samples.csv", out.name):
             assert (tmp_path / name).stat().st_size
         assert small.annotate(small.query_path, out).code == 0  # the same command goes on, and clears what was left
-        assert names(tmp_path) == ["A.h5ad", "A.samples.csv"]
+        assert names(tmp_path) == ["A.cells.csv.gz", "A.h5ad", "A.samples.csv"]
 
 
 @pytest.mark.case("D02")
