@@ -100,7 +100,7 @@ def of_config(config: Config) -> Checked:
     obs = pd.concat([part.obs[part.keep] for part in parts], ignore_index=True)
     check_covariates(obs, config)
     studies = []
-    for name in config.ingest.studies:
+    for name, study in config.ingest.studies.items():
         own = [part for part in parts if part.study == name]
         cells = pd.concat([part.obs[part.keep] for part in own])
         studies.append(
@@ -110,12 +110,12 @@ def of_config(config: Config) -> Checked:
                 "cells": len(cells),
                 "patients": int(cells["patient"].nunique()),
                 "samples": int(cells["sample"].nunique()),
-                "labelled": int((cells["label"] != "").sum()),
+                "labelled": int((~cells["label"].isin(["", *study.missing_labels])).sum()),
                 "genes": len(set.intersection(*(set(map(str, part.genes.symbols)) for part in own))),
                 "counts_in": sorted({part.source.where for part in own}),
             }
         )
-    findings = [Finding(f"study {study['study']}", _study_sentence(study)) for study in studies]
+    findings = [Finding(f"study {found['study']}", _study_sentence(found)) for found in studies]
     labels, said = _of_labels(obs, config)
     work, cost = _of_training(len(obs), [part.source for part in parts], config)
     return Checked((*findings, *said, *cost), {"studies": studies, "labels": labels, **work})

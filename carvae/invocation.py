@@ -56,6 +56,8 @@ OF_QUERIES: dict[str, tuple[Any, object]] = {
 }
 """Option of every verb with a query -> its type and default."""
 STDOUT = "-"
+NAMES = ("sample", "patient", "study", "timepoint", "tissue", "product", "state", "gene", "model")
+"""Columns of tables that are words, also where they look like numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +225,11 @@ def _rows(paths: list[Path], end: str) -> list[dict[str, Any]]:
     import pandas as pd
 
     table = next((path for path in paths if end and path.name.endswith(end)), None)
-    rows: list[dict[str, Any]] = [] if table is None else json.loads(pd.read_csv(table).to_json(orient="records"))
+    rows: list[dict[str, Any]] = (
+        []
+        if table is None
+        else json.loads(pd.read_csv(table, dtype=dict.fromkeys(NAMES, str)).to_json(orient="records"))
+    )
     return rows
 
 

@@ -257,16 +257,22 @@ def _changes(
     by_sample: tuple[pd.DataFrame, pd.DataFrame],
     leaves: Sequence[str],
 ) -> pd.DataFrame:
-    """Per state the means, their difference, and its interval over patients (t), or over the cells of the only one."""
+    """Per state the means, their difference, and its interval over patients (t), or over the cells of the only one.
+
+    Of one patient the samples weigh alike, as in the means, and the interval is of cells drawn anew within samples.
+    """
     was, now = by_sample
     patients = sorted(set(was["patient"]))
     moved = was.assign(moved=now["mean"] - was["mean"])
     rows = []
     for s, leaf in enumerate(leaves):
         own = moved[moved["state"] == leaf].groupby("patient")["moved"].mean().to_numpy()
-        values = own if len(patients) > 1 else (after_NS[:, s] - before_NS[:, s]).astype(np.float64)
-        low, high = _interval(values)
-        rows.append({"state": leaf, "low": low, "high": high})
+        if len(patients) > 1:
+            error, degrees = own.std(ddof=1) / np.sqrt(len(own)), len(own) - 1
+        else:
+            error, degrees = _error_within(after_NS[:, s] - before_NS[:, s], cells), len(cells.obs) - 1
+        half = float(stats.t.ppf((1 + INTERVAL) / 2, max(1, degrees)) * error)
+        rows.append({"state": leaf, "low": own.mean() - half, "high": own.mean() + half})
     means = pd.DataFrame({"before": _overall(was), "after": _overall(now)})
     over = "patients" if len(patients) > 1 else "cells of one patient"
     table = pd.DataFrame(rows).assign(before=means["before"], after=means["after"])
@@ -278,13 +284,11 @@ def _changes(
     )
 
 
-def _interval(values: NDArray[np.float64]) -> tuple[float, float]:
-    """Student's interval of a mean."""
-    n = len(values)
-    if n <= 1:
-        return np.nan, np.nan
-    half = float(stats.t.ppf((1 + INTERVAL) / 2, n - 1) * values.std(ddof=1) / np.sqrt(n))
-    return float(values.mean() - half), float(values.mean() + half)
+def _error_within(moved_N: NDArray[np.float32], cells: Cells) -> float:
+    """Standard error of the mean over samples; NaN where no sample has two cells."""
+    by_sample = pd.Series(moved_N.astype(np.float64)).groupby(cells.obs["sample"])
+    variance = (by_sample.var(ddof=1) / by_sample.size()).dropna()
+    return float(np.sqrt(variance.sum()) / by_sample.ngroups) if len(variance) else float("nan")
 
 
 def _beside_controls(table: pd.DataFrame, moved_CS: NDArray[np.float64]) -> pd.DataFrame:

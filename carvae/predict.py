@@ -198,4 +198,4 @@ def _write(work: Pass, model: Path, out: Path, progress: Progress | None) -> Non
             write_table(frame, table)
             if "verdict" in frame:
                 for row in frame[frame["verdict"] != IN_RANGE].itertuples():
-                    log.info("sample %s is %s: %s", row.sample, row.verdict, row.verdict_reason)
+                    log.warning("sample %s is %s: %s", row.sample, row.verdict, row.verdict_reason)

@@ -102,10 +102,12 @@ def run(config: Config) -> Path:
 def _callers_generators() -> Iterator[None]:
     """Give the global generators back as they were: torch's is seeded here, and libraries draw from the others."""
     states = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng():
-        yield
-    random.setstate(states[0])
-    np.random.set_state(states[1])  # noqa: NPY002 - the global one is what is meant
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002 - the global one is what is meant
 
 
 def _alone(config: Config) -> Path:
@@ -219,6 +221,8 @@ def fit(cohort: Cohort, split: PatientSplit, config: Config, folder: Path) -> Fi
     keep, others = callbacks_of(checkpoints, held_out=bool(split.validation.size), patience=config.train.patience)
     n_batches = math.ceil(split.train.size / config.train.batch_size)
     epochs = max(config.train.max_epochs, math.ceil(config.train.min_steps / n_batches))
+    if epochs > config.train.max_epochs:
+        log.info("%d epochs in place of %d, which would be fewer than train.min_steps", epochs, config.train.max_epochs)
     with quiet_lightning():
         trainer = trainer_of(config, epochs, folder, loggers_of(folder, config, last), [keep, *others])
         data = cohort.data(split.train, config)

@@ -121,6 +121,19 @@ def test_states_are_means_over_patients_of_the_table_of_samples(perturbed: Path)
     assert matplotlib.image.imread(perturbed / "perturb.png").std() > 0.01
 
 
+def test_the_interval_of_one_patient_holds_its_difference(world: World, tmp_path: Path) -> None:
+    """Its samples weigh alike, however many cells they have."""
+    obs = world.query.obs
+    patient = obs.groupby("subject", observed=True)["library_id"].nunique().idxmax()
+    settings = (f"perturb.where.subject={patient}", "perturb.up=[exhaustion]", "perturb.controls=0")
+    arguments = ("perturb", world.query_path, "--model", world.bundle, "--out", tmp_path / "o", "predict.min_counts=5")
+    assert carvae(*arguments, *settings).code == 0
+    table = pd.read_csv(tmp_path / "o" / "states.csv")
+    assert (table["interval_over"] == "cells of one patient").all()
+    assert ((table["low"] + table["high"]) / 2).to_numpy() == pytest.approx(table["difference"].to_numpy(), abs=1e-9)
+    assert pd.read_csv(tmp_path / "o" / "samples.csv")["sample"].nunique() > 1
+
+
 def test_a_model_of_outcomes_says_what_it_would_predict(cohort: Cohort, tmp_path: Path) -> None:
     assert respond(cohort.query, cohort.folder, tmp_path).code == 0
     settings = ("perturb.up=[exhaustion]", "perturb.controls=2", "perturb.max_cells=100000", "predict.min_counts=1")

@@ -116,9 +116,10 @@ def test_png_is_1200_pixels_wide_and_the_same_each_time(rng: np.random.Generator
 
 
 def test_pyplot_is_never_touched() -> None:
+    pyplot = sys.modules.get("matplotlib.pyplot")
+    before = pyplot and pyplot.get_fignums()  # of other tests
     assert plot_loss(pd.DataFrame({"step": [1], "train_loss": [1.0]})).get_xlabel() == "Step"
-    if "matplotlib.pyplot" in sys.modules:
-        assert sys.modules["matplotlib.pyplot"].get_fignums() == []
+    assert (pyplot and pyplot.get_fignums()) == before
 
 
 def test_plots_draw_into_the_axes_they_are_given(rng: np.random.Generator) -> None:

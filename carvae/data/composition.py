@@ -26,5 +26,6 @@ def fraction_interval(
 
     a, b = count + 1.0 / n_states, total - count + 1.0 - 1.0 / n_states
     tail = (1.0 - INTERVAL) / 2
-    low, high = beta.ppf(tail, a, b), beta.ppf(1.0 - tail, a, b)
+    share = count / np.maximum(total, 1)  # at none and at all of the cells the central interval would leave it out
+    low, high = np.minimum(beta.ppf(tail, a, b), share), np.maximum(beta.ppf(1.0 - tail, a, b), share)
     return np.where(total > 0, low, np.nan), np.where(total > 0, high, np.nan)

@@ -145,7 +145,7 @@ def methods(facts: Facts) -> str:
     said.append("Intervals of composition are Dirichlet-multinomial.")
     if "clone_id" in obs:
         said.append(
-            "Clones were told within the patient"
+            f"Clones were told within the {'patient' if 'patient' in obs else 'sample'}"
             + (f" from receptors {number['scirpy']}." if "scirpy" in number else ".")
         )
     if "umap" in number:
