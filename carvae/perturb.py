@@ -231,7 +231,7 @@ def _told(
         tables[SAMPLES].append(both.assign(status=HYPOTHESIS, **head))
         drawn = [_overall(_by_sample(cells, a.probability_NS[axis], leaves)) for a in random]
         rows = _changes(cells, before.probability_NS[axis], after.probability_NS[axis], (was, now), leaves)
-        rows = _beside_controls(rows, np.array([r - _overall(was) for r in drawn]).reshape(len(drawn), len(leaves)))
+        rows = _beside_controls(rows, np.array(drawn).reshape(len(drawn), len(leaves)) - _overall(was))
         tables[STATES].append(rows.assign(axis=axis, status=HYPOTHESIS, **head))
     if before.score_P is not None:
         tables[RESPONSE].append(_response(cells, before, after, random).assign(status=HYPOTHESIS, **head))

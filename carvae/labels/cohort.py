@@ -95,8 +95,7 @@ def label_cells(
         _warn_of_missing(tree)
     by_study = np.concatenate(rows)
     assert by_study.size == len(label), "a cell is of no study"
-    labels = concatenate(parts).take(np.argsort(by_study))
-    return CohortLabels(*prune(tree, labels))
+    return CohortLabels(*prune(tree, concatenate(parts).take(np.argsort(by_study))))
 
 
 def refuse_confounded(labels: EncodedLabels, study: pd.Series[str]) -> None:
