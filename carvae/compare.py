@@ -17,7 +17,7 @@ import pandas as pd
 from scipy.stats import false_discovery_control
 
 from carvae import __version__
-from carvae.data.atomic import replacing_file
+from carvae.data.atomic import refuse_file, replacing_file
 from carvae.data.contrast import (
     Basis,
     Contrast,
@@ -32,7 +32,7 @@ from carvae.data.contrast import (
 )
 from carvae.data.sides import Side, apart, figures, first_axis, is_share, read_side
 from carvae.data.spreadsheet import write_table
-from carvae.errors import ConfigError, SchemaError
+from carvae.errors import SchemaError
 from carvae.gate import Check, judged
 from carvae.plots.comparison import draw
 from carvae.section_compare import CompareConfig, Gate
@@ -81,8 +81,7 @@ def run(a: Path, b: Path, out: Path, config: CompareConfig, gate: Path | None = 
     CarvaeError
         A side or the gate cannot be used; nothing is written then.
     """
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {str(out)!r} is a file; compare writes tables and a picture into a folder")
+    refuse_file(out, "compare")
     rules = None if gate is None else Gate.read(gate)
     sides = tuple(
         read_side(path, where, f"compare.{name}", config.unit)

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from sklearn.metrics import accuracy_score, f1_score
 
 from carvae.config import Config, packaged
+from carvae.data.atomic import refuse_file
 from carvae.data.results import LATENT, samples_path
 from carvae.data.simulate import STUDIES, SimulationSettings, simulate_studies, write_studies
-from carvae.errors import ConfigError
 from carvae.ingest import work_folder
 from carvae.labels.signatures import Signatures
 from carvae.labels.tree import RESERVED
@@ -109,8 +109,7 @@ def run(out: Path) -> Path:
     CarvaeError
         ``out`` is a file.
     """
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{str(out)!r} is a file; name a folder for the demo's results")
+    refuse_file(out, "demo")
     (out / "index.html").unlink(missing_ok=True)
     start = time.monotonic()
     n_cells = N_CELLS * len(STUDIES)

@@ -141,6 +141,6 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         assert answer.code == 1
         assert words in answer.err
     answer = carvae("clones", tmp_path / "x.csv", "--out", tmp_path / "x.rds")
-    assert "is a file; clones writes tables and pictures into a folder" in answer.err
+    assert "is a file; clones writes its tables and pictures into a folder" in answer.err
     answer = carvae("clones", tmp_path / "x.csv", "--out", tmp_path / "out", "predict.root=auto")
     assert "changes nothing here; this verb reads clones.* and seed alone" in answer.err

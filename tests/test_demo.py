@@ -99,7 +99,7 @@ def test_composition_has_called_and_planted_in_neighbouring_rows() -> None:
 
 def test_a_file_where_the_folder_should_be_is_refused(tmp_path: Path) -> None:
     (tmp_path / "demo").write_text("mine", encoding="utf-8")
-    with pytest.raises(ConfigError, match="is a file; name a folder"):
+    with pytest.raises(ConfigError, match="is a file; demo writes its tables"):
         demo.run(tmp_path / "demo")
     assert (tmp_path / "demo").read_text(encoding="utf-8") == "mine"
 

@@ -17,6 +17,7 @@ from carvae.data.composition import fraction_interval
 from carvae.data.contrast import Floats
 from carvae.data.diversity import SIZE_BINS
 from carvae.data.results import samples_path
+from carvae.data.tables import read_table
 from carvae.errors import ReadError, SchemaError, nearest
 
 NEEDED = ("sample", "n_cells", "n_cells_used")
@@ -135,10 +136,7 @@ def _tables(path: Path) -> list[Path]:
 
 
 def _read(path: Path) -> pd.DataFrame:
-    try:
-        table = pd.read_csv(path, dtype={"sample": str, "patient": str})
-    except (OSError, ValueError) as error:
-        raise ReadError(f"{path} cannot be read as a table: {' '.join(str(error).split())}") from None
+    table = read_table(path)
     if absent := [name for name in NEEDED if name not in table]:
         raise SchemaError(
             f"{path} is no table of samples as `carvae annotate` writes it beside its results: it has no column "
