@@ -30,7 +30,7 @@ from carvae.data.contrast import (
     paired,
     welch,
 )
-from carvae.data.sides import Side, apart, figures, first_axis, is_share, read_side
+from carvae.data.sides import Side, apart, depths_of, figures, first_axis, is_share, read_side
 from carvae.data.spreadsheet import write_table
 from carvae.errors import SchemaError
 from carvae.gate import Check, judged
@@ -146,10 +146,15 @@ def _basis(a: Side, b: Side, config: CompareConfig, unit: str) -> tuple[Basis, l
 
 
 def contrasts(a: Side, b: Side, basis: Basis) -> pd.DataFrame:
-    """One row per figure; q is p after Benjamini and Hochberg (1995) over the figures that have one."""
-    rows = []
+    """One row per figure; q is p after Benjamini and Hochberg (1995) over the figures that have one.
+
+    Where clonal figures at equal depth were drawn at different depths, plain ones have no difference.
+    """
+    rows, uneven = [], len(depths_of(a, b)) > 1
     for figure, group in figures(a, b).items():
         found = contrast(a, b, figure, basis)
+        if uneven and group == "clones" and figure != "clone_cells":
+            found = Contrast(found.a, found.b, Estimate(np.nan), np.nan, "none")
         if is_share(figure, group):
             of_a, of_b = found.a.within(0, 1), found.b.within(0, 1)
             found = replace(found, a=of_a, b=of_b, difference=found.difference.within(-1, 1))

@@ -49,9 +49,7 @@ def test_the_hub_reads_the_fields() -> None:
         assert card.text.rstrip().endswith("# card")
 
 
-@pytest.mark.parametrize(
-    ("said", "nearest"), [("cc-by-4", "cc-by-4.0"), ("GPL-3.0-only", "gpl-3.0"), ("MITT", "mit")]
-)
+@pytest.mark.parametrize(("said", "nearest"), [("cc-by-4", "cc-by-4.0"), ("GPL-3.0-only", "gpl-3.0"), ("MITT", "mit")])
 def test_a_licence_that_the_hub_does_not_know_is_refused_with_the_nearest(
     tmp_path: Path, said: str, nearest: str
 ) -> None:
