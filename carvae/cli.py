@@ -25,7 +25,9 @@ from carvae.invocation import (
     Overrides,
     Query,
     Quiet,
+    Seed,
     only,
+    rows_of,
     start,
     verb_of_queries,
 )
@@ -186,13 +188,26 @@ def clones(
     ],
     out: Annotated[Path, typer.Option(help="Folder for the tables and pictures.")],
     overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be followed, and write nothing.")] = False,
+    as_json: AsJson = False,
+    seed: Seed = None,
     quiet: Quiet = False,
 ) -> None:
     """Follow clones over a patient's time points: which stay, grow or come, and from which state to which they go."""
-    settings = start(quiet, None, only(overrides, "clones.", "seed="))
-    from carvae.clones import run
+    own = [] if seed is None else [f"seed={seed}"]
+    settings = start(quiet or dry_run, None, [*only(overrides, "clones.", "seed="), *own])
+    from carvae.clones import PLOTS, TABLES, facts, look, run, sentence
 
+    if dry_run:
+        found = look(table, out, settings.clones)
+        print(json.dumps(facts(found)) if as_json else sentence(found))
+        return
     run(table, out, settings.clones, settings.seed)
+    if as_json:
+        paths = [out / name for name in (*TABLES, *PLOTS) if (out / name).exists()]
+        told = {"verb": "clones", "carvae_version": __version__, "query": str(table), "seed": settings.seed}
+        told |= {"out": str(out), "written": list(map(str, paths)), "rows": rows_of(paths, "samples.csv")}
+        print(json.dumps(told))
 
 
 @app.command()

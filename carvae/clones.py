@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -69,9 +70,9 @@ def run(source: Path, out: Path, config: ClonesConfig, seed: int = 0) -> Path:
     CarvaeError
         The file cannot be read or lacks a column, or the order of the time points is not clear; nothing is written.
     """
-    refuse_file(out, "clones")
-    found = clonal_cells(read_obs(source, config), source.name, config)
-    _say(found)
+    found = look(source, out, config)
+    log.info("%s", sentence(found))
+    _say_pooled(found)
     tables = (
         tracked(found),
         changes(found, config.alpha),
@@ -97,6 +98,30 @@ def run(source: Path, out: Path, config: ClonesConfig, seed: int = 0) -> Path:
         log.info("no patient has two time points, so there is nothing to follow and no %s", PLOTS[0])
     log.info("%s clones are seen at two or more time points; wrote tables and pictures to %s", len(tables[0]), out)
     return out
+
+
+def look(source: Path, out: Path, config: ClonesConfig) -> ClonalCells:
+    """The cells that `run` would follow; raises what it would refuse, and writes nothing."""
+    refuse_file(out, "clones")
+    return clonal_cells(read_obs(source, config), source.name, config)
+
+
+def sentence(found: ClonalCells) -> str:
+    """What was found, in words."""
+    return "{cells:,} cells of {n} patients, {with_clone:,} with a clone; time points: {times}".format(
+        **facts(found), n=len(found.patients()), times=", ".join(found.order)
+    )
+
+
+def facts(found: ClonalCells) -> dict[str, Any]:
+    """What was found, for programs."""
+    return {
+        "cells": len(found.cells),
+        "with_clone": int(found.cells["clone"].notna().sum()),
+        "patients": list(map(str, found.patients())),
+        "timepoints": list(found.order),
+        "followed": [str(patient) for patient in found.patients() if len(found.of(patient)[1]) > 1],
+    }
 
 
 def read_obs(source: Path, config: ClonesConfig) -> pd.DataFrame:
@@ -206,16 +231,8 @@ def _state(obs: pd.DataFrame, name: str, config: ClonesConfig) -> pd.Series[str]
     return state.mask(state.eq(RESERVED) | state.eq(""))
 
 
-def _say(found: ClonalCells) -> None:
-    cells = found.cells
-    log.info(
-        "%s cells of %s patients, %s with a clone; time points: %s",
-        f"{len(cells):,}",
-        cells["patient"].nunique(),
-        f"{int(cells['clone'].notna().sum()):,}",
-        ", ".join(found.order),
-    )
-    pooled = cells.groupby(["patient", "timepoint"])["sample"].nunique()
+def _say_pooled(found: ClonalCells) -> None:
+    pooled = found.cells.groupby(["patient", "timepoint"])["sample"].nunique()
     if (pooled := pooled[pooled > 1]).size:
         first = " ".join(map(str, pooled.index[0]))
         log.info("%s time points pool several samples of a patient, such as %s", len(pooled), first)
