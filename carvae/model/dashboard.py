@@ -91,7 +91,7 @@ class Dashboard(WandbLogger):
 
 def _confusion(axis: str, score: AxisScores) -> Any:
     """W&B's own picture of a confusion matrix."""
-    cells = [
+    cells: list[Any] = [
         [true, called, int(n)]
         for true, row in zip(score.leaves, score.confusion, strict=True)
         for called, n in zip(score.leaves, row, strict=True)
