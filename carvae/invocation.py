@@ -42,6 +42,9 @@ Clones = Annotated[
         help="T-cell receptors: 10x filtered_contig_annotations.csv, AIRR .tsv, .h5ad of scirpy, or a folder of those.",
     ),
 ]
+ReportPage = Annotated[
+    Path | None, typer.Option(metavar="FILE.html", help="Also write the report: a page with verdicts and the map.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print a summary for programs, as one line of JSON.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of every random number.")]

@@ -20,7 +20,7 @@ import zarr
 from anndata.io import read_elem
 from numpy.typing import NDArray
 
-from carvae.data.results import LATENT, TABLES, samples_path
+from carvae.data.results import LATENT, samples_path
 from carvae.data.schema import query_obs
 from carvae.data.spreadsheet import neutral_text
 from carvae.errors import ReadError
@@ -141,8 +141,6 @@ def read_annotated(path: Path, clones: ClonesConfig) -> Annotated:
     """
     if not path.exists():
         raise ReadError(f"{path} does not exist")
-    if path.name.endswith(TABLES):
-        raise ReadError(f"{path} is a table of cells without counts; annotate with --out A.h5ad and report on that")
     try:
         with _root(path) as root:
             obs, made, held = read_elem(root["obs"]), _made(root, path), _obsm(root, path)
