@@ -59,7 +59,8 @@ def test_a_labelled_map_takes_one_command(world: World, tmp_path: Path) -> None:
     answer = carvae(*ask, "--out", out, "--json", "report.max_cells=100")
     assert answer.code == 0, answer.err
     assert json.loads(answer.out)["written"][-1] == str(page)
-    assert carvae("report", out, "--model", world.bundle, "--out", tmp_path / "B.html", "report.max_cells=100").code == 0
+    later = ("report", out, "--model", world.bundle, "--out", tmp_path / "B.html")
+    assert carvae(*later, "report.max_cells=100").code == 0
     again = (tmp_path / "B.html").read_text(encoding="utf-8")
     assert len(page.read_text(encoding="utf-8")) == pytest.approx(len(again), rel=0.01)
 
