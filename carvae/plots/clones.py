@@ -94,14 +94,16 @@ def plot_tracking(
 def draw_flow(found: ClonalCells, transitions: pd.DataFrame, order: Sequence[str] | None = None) -> Canvas:
     """Left: states of all cells at each time point. Right: states of the clones seen at a time point and the next."""
     patients, states = found.patients(), list(order or found.states())
-    figure = Canvas(figsize=(12.5, 2.1 * len(patients) + 0.6), layout="constrained")
+    columns = 2 if len(transitions) else 1  # without a clone that was seen again there is no right side
+    figure = Canvas(figsize=(6.25 * columns + 1.25 * (columns == 1), 2.1 * len(patients) + 0.6), layout="constrained")
     most = max(len(found.of(patient)[1]) for patient in patients)
-    panels = figure.subplots(len(patients), 2, squeeze=False)
-    for (left, right), patient in zip(panels, patients, strict=True):
-        plot_states_over_time(found, patient, states, left)
-        right.set_visible(len(found.of(patient)[1]) > 1)
-        plot_clone_flow(found, transitions, patient, states, right)
-        for axes in (left, right):
+    panels = figure.subplots(len(patients), columns, squeeze=False)
+    for row, patient in zip(panels, patients, strict=True):
+        plot_states_over_time(found, patient, states, row[0])
+        for right in row[1:]:
+            right.set_visible(len(found.of(patient)[1]) > 1)
+            plot_clone_flow(found, transitions, patient, states, right)
+        for axes in row:
             axes.set(xlim=(-0.6, max(most, 2) - 0.4))
     _legend(figure, colours(states))
     return figure
