@@ -39,6 +39,8 @@ TESTS = tuple(
         "vae",
     )
 )
+OF_TORCH = ("cuda-", "nvidia-", "triton==")
+"""Starts of the names of what a CUDA build of torch wants."""
 TOOLS = ("hypothesis", "pytest", "pytest-xdist")
 
 
@@ -65,12 +67,9 @@ def environment(folder: Path, python: str, version: str, resolution: str, torch:
     if not (folder / "bin" / "python").exists():
         run(python, "-m", "venv", folder)
     own = folder / "bin" / "python"
-    text = "".join(
-        line
-        for line in listed.read_text(encoding="utf-8").splitlines(keepends=True)
-        if torch in line or not line.startswith(("nvidia-", "triton=", "cuda-"))
-    )
-    listed.write_text(text, encoding="utf-8")
+    if torch:  # its build brings what it needs of these, a CPU build nothing
+        lines = listed.read_text(encoding="utf-8").splitlines(keepends=True)
+        listed.write_text("".join(line for line in lines if not line.startswith(OF_TORCH)), encoding="utf-8")
     run(own, "-m", "pip", "install", "-q", "-r", listed, *TOOLS)
     return own
 
