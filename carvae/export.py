@@ -8,6 +8,7 @@ from pathlib import Path
 from carvae.errors import ConfigError
 from carvae.model.bundle import load
 from carvae.model.bundle_files import check_place
+from carvae.model.hub import from_folder
 from carvae.model.share import shareable
 
 log = logging.getLogger(__name__)
@@ -31,9 +32,10 @@ def run(model: Path, out: Path, *, share: bool) -> Path:
     check_place(out)
     if model.resolve() in (out.resolve(), *out.resolve().parents):
         raise ConfigError(f"--out {str(out)!r} is the model itself or lies in it; choose another folder")
-    bundle = load(model, "cpu")
-    if share:
-        bundle = shareable(bundle)
-    bundle.save(out)
-    log.info("wrote %s%s", out, ", without the decoder: it embeds and labels, and can no longer be mapped" * share)
+    if not share:
+        from_folder(model, out)
+        log.info("wrote %s", out)
+        return out
+    shareable(load(model, "cpu")).save(out)
+    log.info("wrote %s, without the decoder: it embeds and labels, and can no longer be mapped", out)
     return out

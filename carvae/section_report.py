@@ -21,5 +21,5 @@ class ReportConfig(Section):
     genes: tuple[str, ...] = ()
     """Further genes by which the map can be coloured."""
     names: bool = True
-    """Whether samples, patients, clones and files are called by their names. false numbers them, and leaves out paths
-    and commands: for a page that is given away."""
+    """Whether samples, patients, clones, cells and files are called by their names. false numbers them, and leaves out
+    paths and commands: for a page that is given away."""

@@ -107,7 +107,8 @@ def test_what_cannot_be_shared_is_refused_and_nothing_is_left(world: World, tmp_
     assert answer.code == 1
     assert "train it again, or share it whole" in answer.err
     assert len(answer.err.splitlines()) == 1
-    assert carvae("export", KEPT, "--out", tmp_path / "copy").code == 0, "an old model is still copied"
+    assert carvae("export", KEPT, "--out", tmp_path / "copy").code == 0
+    assert sha256(tmp_path / "copy") == before, "an old model is still copied, as it is"
     for out in (world.bundle, world.bundle / "inside"):
         assert carvae("export", world.bundle, "--share", "--out", out).code == 1
     (tmp_path / "full").mkdir()

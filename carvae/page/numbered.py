@@ -1,7 +1,7 @@
 """An annotated file without the names in it: a page that is given away calls samples, patients and clones by number.
 
 What stays of a cell is what carvae wrote, the author's label, and what the contract knows of kinds of samples (tissue,
-assay, disease, days). Barcodes are on no page.
+assay, disease, days).
 """
 
 from __future__ import annotations

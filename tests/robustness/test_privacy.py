@@ -99,10 +99,11 @@ def leaving(world: World, tmp_path_factory: pytest.TempPathFactory) -> Leaving:
         ("export", folder / "m", "--share", "--out", shared),
         ("annotate", place / "query.h5ad", "--model", shared, "--out", annotated),
         ("report", annotated, "--model", shared, "--out", page, "report.names=false"),
+        ("report", annotated, "--model", shared, "--out", folder / "own.html"),
     ):
         answer = carvae(verb, *arguments)
         assert answer.code == 0, answer.err
-        said[verb] = answer.out + answer.err
+        said[verb] = said.get(verb, "") + answer.out + answer.err
     return Leaving(folder / "m", folder / "m.work", shared, page, said)
 
 
@@ -140,6 +141,13 @@ def test_no_identifier_is_on_a_page_without_names(leaving: Leaving) -> None:
     assert b"sample 1" in page
     for clone in {b"_CASS", str(leaving.page.parent).encode()}:
         assert clone not in page
+
+
+def test_a_page_with_names_holds_nothing_of_other_columns(leaving: Leaving) -> None:
+    page = leaving.page.with_name("own.html").read_bytes()
+    assert found(page, ("record",)), "samples are called by their names"
+    assert found(page, ("date", "email")) == []
+    assert not set(PLANTED["name"][6:]) & set(found(page, ("name",))), "names of others than the patients"
 
 
 def test_messages_name_no_one_but_the_files_that_were_given_and_samples_with_a_verdict(leaving: Leaving) -> None:
