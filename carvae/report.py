@@ -18,7 +18,8 @@ from carvae import __version__
 from carvae.config import PredictConfig, label_file
 from carvae.data.atomic import replacing_file
 from carvae.data.readers import open_samples
-from carvae.errors import CarvaeError, ConfigError, CountsError, GeneError
+from carvae.data.results import TABLES
+from carvae.errors import CarvaeError, ConfigError, CountsError, GeneError, ReadError
 from carvae.labels.signatures import Signatures
 from carvae.model.bundle import Bundle, load
 from carvae.page import (
@@ -113,7 +114,7 @@ def run(
         The file was not annotated, or by another model; nothing is written then.
     """
     config, clones = config or ReportConfig(), clones or ClonesConfig()
-    _check_out(annotated, out)
+    refuse(annotated, out)
     cells = read_annotated(annotated, clones)
     cells.author(config.label)
     bundle = None if model is None else _bundle(model, cells)
@@ -167,7 +168,12 @@ def _without_names(facts: Facts) -> Facts:
     )
 
 
-def _check_out(annotated: Path, out: Path) -> None:
+def refuse(annotated: Path, out: Path) -> None:
+    """Raise what `run` refuses before it looks at the annotated file, which need not be there yet."""
+    if annotated.name.endswith(TABLES):
+        raise ReadError(
+            f"{annotated} is a table of cells without counts; annotate with --out A.h5ad and report on that"
+        )
     if not out.name.endswith((".html", ".htm")):
         raise ConfigError(f"--out {str(out)!r} is no page; end it in .html")
     if out.is_dir():

@@ -168,6 +168,9 @@ def plot_clone_flow(
         for at, side in ((ends[0] - BAR / 2, 1), (ends[1] + BAR / 2, 0)):
             _stack(axes, at, pd.Series(weight_SS.sum(axis=side), index=states), BAR, colour)
         _ribbons(axes, weight_SS, ends, [colour[state] for state in states])
+    if not axes.patches:
+        said = "no clone was seen at a time point and the next"
+        axes.text(0.5, 0.5, said, transform=axes.transAxes, ha="center", va="center", fontsize=8)
     axes.set_title(f"{patient}: clones seen at both time points", loc="left", fontsize=9)
     axes.set_xticks(places, labels, fontsize=7)
     return _as_shares(axes)
