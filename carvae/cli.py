@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from carvae import __version__
+from carvae import __version__, verbs
 from carvae.config import Config
 from carvae.errors import CarvaeError, ConfigError
 from carvae.groups import hub, studies
 from carvae.invocation import (
+    GATE_FAILED,
     AsJson,
     Clones,
     ConfigFile,
@@ -44,11 +45,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
 app.add_typer(studies, name="studies")
 app.add_typer(hub, name="hub")
+app.command()(verbs.export)
+app.command()(verbs.reproduce)
 
-GATE_FAILED = 4
 Out = Annotated[Path, typer.Option(help="Result: .h5ad, .zarr, .csv or .csv.gz; - prints a table.")]
 FULL = "; nothing was changed: make room, and give the same command again"
 REMEDY = {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EFBIG: FULL, errno.EROFS: "; choose another output"}

@@ -59,6 +59,8 @@ OF_QUERIES: dict[str, tuple[Any, object]] = {
     "quiet": (Quiet, False),
 }
 """Option of every verb with a query -> its type and default."""
+GATE_FAILED = 4
+"""Exit code where results were written and do not hold: a gate, or an output that came out otherwise."""
 STDOUT = "-"
 NAMES = ("sample", "patient", "study", "timepoint", "tissue", "product", "state", "gene", "model")
 """Columns of tables that are words, also where they look like numbers."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,7 @@ from carvae.page.blocks import Section
 from carvae.page.expression import Expression, read_expression
 from carvae.page.facts import MARKERS, Facts, several
 from carvae.page.layout import lay_out
+from carvae.page.numbered import numbered
 from carvae.page.render import Head, render
 from carvae.respond import cells_of, predicted
 from carvae.response.cells import described_query
@@ -65,6 +67,9 @@ SECTIONS: tuple[Callable[[Facts], Section], ...] = (
 SETTINGS = ("counts", "sample", "min_overlap", "min_counts")
 """Of the annotation, that tell how the file is read again."""
 NO_MODEL = "No outcome is said, since the report was made without the model; give --model BUNDLE to carvae report."
+NAMELESS = "carvae report annotated.h5ad --out report.html report.names=false"
+"""The command that a page without names gives for writing it again."""
+NO_OUTCOME = "No outcome is said."
 NO_RESPONDER = (
     "No outcome is said, since this model has learned none; carvae train with respond.columns teaches it, where "
     "there are "
@@ -118,7 +123,8 @@ def run(
     expression, why = _expression(cells, tuple(dict.fromkeys(genes)))
     if expression is not None and (absent := [gene for gene in config.genes if gene in expression.missing]):
         raise GeneError(f"report.genes names {absent[0]!r}, and {annotated} has no such gene")
-    training = None if bundle is None or bundle.trust is None else bundle.trust.reference.sample_MK
+    trust = None if bundle is None else bundle.trust
+    training = trust.reference.sample_MK if trust is not None and trust.decodes else None
     log.info("laying out %s", several(cells.n_cells, "cell"))
     layout = lay_out(cells, config.max_cells, training, seed)
     said, refused = _outcomes(cells, bundle, seed)
@@ -136,6 +142,7 @@ def run(
         outcomes=said,
         no_outcomes=refused,
     )
+    facts = facts if config.names else _without_names(facts)
     sections = []
     for write in SECTIONS:
         sections.append(write(facts))
@@ -145,6 +152,20 @@ def run(
         scratch.write_text(render(_head(facts), sections), encoding="utf-8")
     log.info("wrote %s", out)
     return out
+
+
+def _without_names(facts: Facts) -> Facts:
+    """The same, by numbers."""
+    without = numbered(facts.cells, facts.cells.author(facts.config.label))
+    said, refused = facts.outcomes, facts.no_outcomes
+    return replace(
+        facts,
+        cells=without.cells,
+        clones=ClonesConfig(top=facts.clones.top),
+        command=NAMELESS,
+        outcomes=None if said is None else without.outcomes(said),
+        no_outcomes=refused if refused in {"", NO_MODEL, NO_RESPONDER} else NO_OUTCOME,
+    )
 
 
 def refuse(annotated: Path, out: Path) -> None:
@@ -177,8 +198,10 @@ def _expression(cells: Annotated, genes: tuple[str, ...]) -> tuple[Expression | 
     try:
         return read_expression(cells.path, str(cells.settings.get("counts", "auto")), genes), ""
     except CountsError:
-        where = f"{cells.path.name} holds no raw counts any more"
-        return None, f"{where}, so no gene can be shown; report on the file as carvae annotate wrote it."
+        return None, (
+            "The file holds no raw counts any more, so no gene can be shown; report on the file as carvae annotate "
+            "wrote it."
+        )
 
 
 def _outcomes(cells: Annotated, bundle: Bundle | None, seed: int) -> tuple[pd.DataFrame | None, str]:
