@@ -136,7 +136,7 @@ def _tables(path: Path) -> list[Path]:
 
 def _read(path: Path) -> pd.DataFrame:
     try:
-        table = pd.read_csv(path, dtype={"sample": str, "patient": str})
+        table = pd.read_csv(path, dtype={"patient": str}, converters={"sample": str})  # a sample may be named NA
     except (OSError, ValueError) as error:
         raise ReadError(f"{path} cannot be read as a table: {' '.join(str(error).split())}") from None
     if absent := [name for name in NEEDED if name not in table]:
@@ -144,6 +144,11 @@ def _read(path: Path) -> pd.DataFrame:
             f"{path} is no table of samples as `carvae annotate` writes it beside its results: it has no column "
             f"{absent[0]!r}"
         )
+    if not table["sample"].map(str.strip).all():
+        raise SchemaError(f"{path} has rows without a sample; name each, or annotate again")
+    for name in [name for name in map(str, table) if name in NEEDED[1:] or kind_of(name, table)]:
+        if not pd.api.types.is_numeric_dtype(table[name]):
+            raise SchemaError(f"{path}, column {name!r}, holds words where numbers are needed; annotate again")
     if not composition(table):
         raise SchemaError(f"{path} has no composition (columns 'fraction STATE' with 'low' and 'high'); annotate again")
     return table
