@@ -26,28 +26,60 @@ def writing_hdf5(path: Path) -> Iterator[h5py.File]:
 
 
 class _Written(io.FileIO):
-    """A file that keeps its first failure for itself."""
+    """A file that keeps its first failure for itself, and in memory what is written from then on.
+
+    What HDF5 wrote it must be able to read: it ends the process where that is not so.
+    """
 
     error: OSError | None = None
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, "r+" if path.exists() else "x+")
+        self._kept: list[tuple[int, bytes]] = []
+        self._end = 0
 
     def write(self, content: Any, /) -> int:
-        """Write all of it; after a failure nothing more."""
+        """Write all of it, or keep it."""
         view = memoryview(content).cast("B")
-        done = 0
+        start, done = self.tell(), 0
         try:
             while done < len(view) and self.error is None:
                 done += super().write(view[done:]) or 0
         except OSError as error:
             self.error = error
+        if self.error is not None:
+            self._kept.append((start, bytes(view)))
+            self._end = max(self._end, start + len(view))
+            self.seek(start + len(view))
         return len(view)
 
+    def readinto(self, buffer: Any, /) -> int:
+        """Read from the file, and over it what was kept."""
+        start = self.tell()
+        n_read = super().readinto(buffer) or 0
+        if self.error is None:
+            return n_read
+        view = memoryview(buffer).cast("B")
+        view[n_read:] = bytes(len(view) - n_read)
+        for at, content in self._kept:
+            first, last = max(at, start), min(at + len(content), start + len(view))
+            if first < last:
+                view[first - start : last - start] = content[first - at : last - at]
+        self.seek(start + len(view))
+        return len(view)
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        """Move; the end is that of what was kept, if it is further."""
+        if whence == io.SEEK_END and self.error is not None:
+            return super().seek(max(self._end, super().seek(0, io.SEEK_END)) + offset)
+        return super().seek(offset, whence)
+
     def truncate(self, size: int | None = None, /) -> int:
-        """Change the length; after a failure no more."""
+        """Change the length, if all is well."""
         try:
-            return super().truncate(size) if self.error is None else 0
+            if self.error is None:
+                return super().truncate(size)
         except OSError as error:
             self.error = error
-            return 0
+        self._end = self.tell() if size is None else size
+        return self._end
