@@ -28,7 +28,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"config file {str(path)!r} does not exist; see configs/reference.yaml for an example"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError, RecursionError) as error:
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2020-13-45, and bytes
         raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if settings is None:
         return {}
@@ -44,7 +44,7 @@ def apply(settings: dict[str, Any], override: str) -> None:
         raise ConfigError(f"{override!r} is not of the form section.key=value")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise ConfigError(f"the value of {override!r} cannot be read as YAML; quote it") from None
     *parents, last = key.split(".")
     for parent in parents:
@@ -56,7 +56,7 @@ def apply(settings: dict[str, Any], override: str) -> None:
 
 def sentence(model: type[Section], location: tuple[int | str, ...], kind: str, message: str) -> str:
     """A problem that pydantic found, in words; for an unknown key the nearest that exists."""
-    key = ".".join(str(part) for part in location)
+    key = " ".join(".".join(str(part) for part in location).split())  # one line, whatever the file's keys hold
     if kind != "extra_forbidden":
         return f"{key}: {message[0].lower()}{message[1:]}" if key else message.removeprefix("Value error, ")
     known = _keys_at(model, location[:-1])

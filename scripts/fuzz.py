@@ -1,195 +1,177 @@
-"""Mutate files at random and open them: python scripts/fuzz.py --target readers|bundle --seconds 600 --seed 0.
+"""Coverage-guided fuzzing of what opens files: python scripts/fuzz.py --target hdf5 --seconds 1200 --seed 0.
 
-What is opened must be read or refused by a `CarvaeError`; any other exception, a signal, or a case of more than ten
-seconds is a finding, told with the seed that makes it again (``--only SEED``). Prints one line of JSON; the exit code
-is 1 where anything was found. Cases run in forked children, which a library that crashes takes with it.
+atheris (libFuzzer for Python: ``pip install atheris``) changes inputs so that they reach new branches of carvae;
+tests/robustness/hostile.py makes hostile files of them and says what is a finding: an exception that is no
+`CarvaeError`, a signal, more than ten seconds, memory far beyond the file, or a changed model that loads. Inputs that
+were kept (tests/robustness/corpus) are where a run starts from; ``--keep`` adds what this one found worth keeping.
+``--case FILE`` tries one input again. Prints one line of JSON; the exit code is 1 where anything was found.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
+import logging
 import os
-import random
+import resource
 import shutil
-import signal
+import struct
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+import warnings
 from pathlib import Path
 
-import anndata as ad
-import h5py
-import numpy as np
-import scipy.io
-import scipy.sparse as sp
-
-os.environ["NUMBA_THREADING_LAYER"] = "workqueue"  # GNU OpenMP ends a process that forks
-
-from carvae.data.readers import open_source
-from carvae.errors import CarvaeError
-from carvae.model.bundle import load
-from carvae.model.bundle_files import FILES, NO_HASH
-
-KEPT = Path(__file__).resolve().parents[1] / "tests" / "bundles" / "0.1.0"
-BATCH = 100
-"""Cases of one child."""
-LIMIT = 10
-"""Seconds after which a case hangs."""
-TOKENS = [b"0", b"-1", b"1e309", b"NaN", b"null", b'"', b"{", b"[", b"\x00", b"\xff" * 8, b"9" * 20, b"../", b"\n"]
+ROOT = Path(__file__).resolve().parents[1]
+SUITE = ROOT / "tests" / "robustness"
+CORPUS = SUITE / "corpus"
+LIMIT = 60
+"""Seconds by the clock after which an input hangs, on a machine that may be busy; hostile.py limits the processor's."""
+TURN = 300
+"""Seconds after which a worker begins anew, as after a signal; what libraries leak is no finding of ours."""
+MOST_KEPT = 40
+COMPILED = ["carvae.data.rows", "carvae.labels.ucell", "carvae.model.kernels", "carvae.model.vector"]
+"""Modules whose functions numba compiles, which cannot be followed."""
+sys.path[:0] = [str(SUITE), str(SUITE.parent)]
 
 
-def mutated(content: bytes, rng: random.Random) -> bytes:
-    """The content with one to four changes."""
-    data = bytearray(content)
-    for _ in range(rng.randint(1, 4)):
-        at = rng.randrange(len(data) + 1)
-        kind = rng.randrange(6)
-        if kind == 0 and at < len(data):
-            data[at] ^= 1 << rng.randrange(8)
-        elif kind == 1:
-            del data[at : at + rng.choice((1, 8, 64, 4096))]
-        elif kind == 2:
-            data[at:at] = rng.choice(TOKENS)
-        elif kind == 3:
-            data[at : at + 8] = rng.randbytes(8)
-        elif kind == 4 and rng.random() < 0.2:
-            del data[at:]
-        else:
-            start = rng.randrange(len(data) + 1)
-            data[at:at] = data[start : start + rng.choice((1, 16, 256))]
-    return bytes(data)
+def scratch() -> tempfile.TemporaryDirectory[str]:
+    """A folder in memory where there is one."""
+    return tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
 
 
-def rehash(folder: Path) -> None:
-    """Make the hashes right again where model.json still is a description."""
-    file = folder / "model.json"
-    try:
-        spec = json.loads(file.read_bytes())
-        spec["files"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in FILES}
-        spec["sha256"] = NO_HASH
-        text = json.dumps(spec, indent=1)
-    except (ValueError, TypeError, RecursionError):
-        return
-    file.write_text(text.replace(NO_HASH, hashlib.sha256(text.encode()).hexdigest(), 1), encoding="utf-8")
+def worker(target: str, state: Path, flags: list[str]) -> None:
+    """Fuzz in this process until libFuzzer ends it; findings and the count of executions go to ``state``."""
+    import atheris
+
+    with atheris.instrument_imports(include=["carvae"], exclude=COMPILED):
+        import hostile
+    warnings.simplefilter("ignore")
+    logging.disable()
+    with scratch() as folder:
+        sources, place = Path(folder) / "sources", Path(folder) / "place"
+        sources.mkdir()
+        opened = hostile.open_target(target, sources)
+        count = 0
+
+        def one(data: bytes) -> None:
+            nonlocal count
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir()
+            try:
+                opened.run(data, place)
+            except Exception as error:  # noqa: BLE001 - this is what is sought
+                note(state, hostile.where(error), error, data)
+            count += 1
+            (state / "count").write_bytes(struct.pack("<q", count))
+
+        atheris.Setup([sys.argv[0], *flags], one)
+        atheris.Fuzz()
 
 
-def sources(folder: Path) -> list[Path]:
-    """Small files of every format that is read."""
-    rng = np.random.default_rng(0)
-    counts = sp.csr_matrix(rng.poisson(rng.gamma(0.4, 3.0, (20, 30))).astype(np.int32))
-    adata = ad.AnnData(counts)
-    adata.var_names = [f"GENE{g}" for g in range(30)]
-    adata.obs["sample"] = ["a", "b"] * 10
-    with ad.settings.override(allow_write_nullable_strings=False):
-        adata.write_h5ad(folder / "a.h5ad")
-        adata.write_h5ad(folder / "packed.h5ad", compression="gzip")
-        adata.write_zarr(folder / "a.zarr")
-    with h5py.File(folder / "tenx.h5", "w") as file:
-        group = file.create_group("matrix")
-        group["data"], group["indices"], group["indptr"] = counts.data, counts.indices, counts.indptr
-        group["shape"] = np.array([30, 20])
-        group["barcodes"] = np.array([f"c{n}" for n in range(20)], "S")
-        for key, value in (("name", "G"), ("id", "ENSG0000000000"), ("feature_type", None)):
-            names = ["Gene Expression" if value is None else f"{value}{g}" for g in range(30)]
-            group[f"features/{key}"] = np.array(names, "S")
-    mtx = folder / "mtx"
-    mtx.mkdir()
-    scipy.io.mmwrite(mtx / "matrix.mtx", counts.T.tocoo(), field="integer")
-    (mtx / "barcodes.tsv").write_text("\n".join(f"c{n}" for n in range(20)) + "\n")
-    (mtx / "features.tsv").write_text("\n".join(f"ENSG{g}\tG{g}\tGene Expression" for g in range(30)) + "\n")
-    return sorted(folder.iterdir())
+def note(state: Path, where: str, error: Exception, data: bytes) -> None:
+    """Keep the first input that leads to an error at a place, and its traceback."""
+    name = "".join(c if c.isalnum() else "-" for c in where)
+    if not (state / "found" / name).exists():
+        (state / "found" / name).write_bytes(data)
+        (state / f"{name}.txt").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
 
 
-def spoil(original: Path, rng: random.Random, copy: Path) -> Path:
-    """A copy of a file or folder with one of its files mutated."""
-    target = copy / original.name
-    if original.is_dir():
-        shutil.copytree(original, target)
-        file = rng.choice(sorted(p for p in target.rglob("*") if p.is_file()))
-    else:
-        shutil.copyfile(original, target)
-        file = target
-    file.write_bytes(mutated(file.read_bytes(), rng))
-    return target
+def turn(given: argparse.Namespace, state: Path, number: int, left: tuple[float, int]) -> int:
+    """One worker; how many inputs it tried."""
+    (state / "count").write_bytes(struct.pack("<q", 0))
+    flags = [f"-max_total_time={max(1, min(TURN, int(left[0])))}", f"-runs={left[1]}", f"-timeout={LIMIT}"]
+    flags += [f"-seed={given.seed * 1000 + number + 1}", "-rss_limit_mb=6000", f"-artifact_prefix={state}/found/"]
+    flags += ["-max_len=4096", "-report_slow_units=600", "-verbosity=1", str(state / "corpus")]
+    command = [sys.executable, __file__, "--target", given.target, "--worker", str(state), *flags]
+    with (state / f"log{number}.txt").open("w", encoding="utf-8") as log:
+        subprocess.run(command, check=False, stdout=log, stderr=subprocess.STDOUT)
+    count: int = struct.unpack("<q", (state / "count").read_bytes())[0]
+    return count
 
 
-def try_bundle(seed: int, seeds: list[Path], copy: Path) -> None:
-    """Open a mutated model; every second one with right hashes, so that more than the hash is tried."""
-    rng = random.Random(seed)
-    folder = spoil(seeds[0], rng, copy)
-    if rng.random() < 0.5:
-        rehash(folder)
-    load(folder)
+def keep(given: argparse.Namespace, state: Path) -> None:
+    """Add the shortest inputs that together reach what all reach."""
+    kept = CORPUS / given.target
+    kept.mkdir(parents=True, exist_ok=True)
+    least = state / "least"
+    least.mkdir()
+    command = [sys.executable, __file__, "--target", given.target, "--worker", str(state), "-merge=1"]
+    command += [f"-timeout={LIMIT}", str(least), str(state / "corpus")]
+    subprocess.run(command, check=False, capture_output=True)
+    for file in sorted(least.iterdir(), key=lambda file: (file.stat().st_size, file.name))[:MOST_KEPT]:
+        shutil.copyfile(file, kept / file.name[:12])
 
 
-def try_reader(seed: int, seeds: list[Path], copy: Path) -> None:
-    """Open a mutated source and read all of it."""
-    rng = random.Random(seed)
-    for _ in open_source(spoil(rng.choice(seeds), rng, copy)).chunks():
-        pass
+def fuzz(given: argparse.Namespace) -> None:
+    """Fuzz in workers until the time or the executions are over."""
+    with tempfile.TemporaryDirectory() as folder:
+        state = Path(folder)
+        for name in ("found", "corpus"):
+            (state / name).mkdir()
+        start_from(given.target, state / "corpus")
+        began, done, number = time.monotonic(), 0, 0
+        while (left := given.seconds - (time.monotonic() - began)) > 1 and done < given.runs:
+            tried = turn(given, state, number, (left, given.runs - done))
+            done, number = done + tried, number + 1
+            if not tried:
+                sys.exit(f"the worker tried nothing:\n{(state / f'log{number - 1}.txt').read_text()[-3000:]}")
+        found = sorted((state / "found").iterdir())
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        told = {"target": given.target, "seed": given.seed, "executions": done, "found": [f.name for f in found]}
+        told |= {"seconds": round(time.monotonic() - began), "cpu_seconds": round(used.ru_utime + used.ru_stime)}
+        if given.keep:
+            keep(given, state)
+        if given.findings and found:
+            given.findings.mkdir(parents=True, exist_ok=True)
+            for file in [*found, *state.glob("*.txt")]:
+                shutil.copyfile(file, given.findings / f"{given.target}-{file.name}")
+    print(json.dumps(told))
+    sys.exit(int(bool(found)))
 
 
-def batch(first: int, n: int, one: Callable[[int, list[Path], Path], None], seeds: list[Path]) -> list[str]:
-    """What was found in the cases of some seeds, each tried in one forked child."""
-    said, into = os.pipe()
-    process = os.fork()
-    if process == 0:
-        os.close(said)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # a case that hangs ends the child
-        for seed in range(first, first + n):
-            os.write(into, f"@{seed}\n".encode())
-            signal.alarm(LIMIT)
-            with tempfile.TemporaryDirectory() as scratch:
-                try:
-                    one(seed, seeds, Path(scratch))
-                except CarvaeError as error:
-                    if "\n" in str(error).strip() and "problems" not in str(error):
-                        os.write(into, f"! {seed}: {str(error)!r}\n".encode())
-                except BaseException as error:  # noqa: BLE001 - this is what is sought
-                    where = traceback.extract_tb(error.__traceback__)[-1]
-                    os.write(into, f"! {seed}: {error!r:.200} at {where.filename}:{where.lineno}\n".encode())
-        os._exit(0)
-    os.close(into)
-    with os.fdopen(said) as lines:
-        text = lines.read().splitlines()
-    _, status = os.waitpid(process, 0)
-    found = [line[2:] for line in text if line.startswith("! ")]
-    if code := os.waitstatus_to_exitcode(status):
-        last = [line for line in text if line.startswith("@")][-1]
-        found.append(f"{last[1:]}: the process ended with {signal.Signals(-code).name if code < 0 else code}")
-    return found
+def start_from(target: str, corpus: Path) -> None:
+    """The target's own seeds and what was kept of earlier runs."""
+    import hostile
+
+    with scratch() as folder:
+        for number, data in enumerate(hostile.TARGETS[target](Path(folder)).seeds()):
+            (corpus / f"seed{number}").write_bytes(data)
+    for file in sorted((CORPUS / target).glob("*")):
+        shutil.copyfile(file, corpus / file.name)
+
+
+def again(target: str, case: Path) -> None:
+    """Try one input and say what comes of it."""
+    import hostile
+
+    with scratch() as folder:
+        opened = hostile.TARGETS[target](Path(folder))
+        place = Path(folder) / "place"
+        place.mkdir()
+        print(opened.run(case.read_bytes(), place))
 
 
 def main() -> None:
-    """Fuzz until the time is over."""
+    """Fuzz one target."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--target", choices=["readers", "bundle"], required=True)
+    parser.add_argument("--target", choices=["hdf5", "zarr", "mtx", "text", "bundle"], required=True)
     parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--runs", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, help="this case alone")
-    given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        seeds = [KEPT / "model"] if given.target == "bundle" else sources(Path(folder))
-        one = try_bundle if given.target == "bundle" else try_reader
-        load(KEPT / "model")  # what is imported or compiled on first use is no hang
-        for path in seeds if given.target == "readers" else ():
-            for _ in open_source(path).chunks():
-                pass
-        if given.only is not None:
-            print("\n".join(batch(given.only, 1, one, seeds)) or "nothing was found")
-            return
-        began, first, found = time.monotonic(), given.seed * 10**9, []
-        n = first
-        while time.monotonic() - began < given.seconds:
-            found += batch(n, BATCH, one, seeds)
-            n += BATCH
-    told = {"target": given.target, "seed": given.seed, "executions": n - first, "found": found[:50]}
-    print(json.dumps(told | {"seconds": round(time.monotonic() - began), "n_found": len(found)}))
-    sys.exit(int(bool(found)))
+    parser.add_argument("--keep", action="store_true", help="add inputs to tests/robustness/corpus")
+    parser.add_argument("--findings", type=Path, help="folder for what was found")
+    parser.add_argument("--case", type=Path, help="this input alone")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    given, flags = parser.parse_known_args()
+    if given.worker:
+        worker(given.target, given.worker, flags)
+    elif given.case:
+        again(given.target, given.case)
+    else:
+        fuzz(given)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Kill each verb at random, and let each call that makes writing safe fail: python scripts/kill_test.py --seed 0.
+"""Kill each verb at random, and let every call that changes a file fail: python scripts/kill_test.py --seed 0.
 
 Every output must be the old one or the complete new one, no input may change, the same command must go on and end with
 what an undisturbed run gives (training: the very bytes), and nothing may be left lying about. Prints one line of JSON;
 the exit code is 1 where anything was wrong.
 
-The verbs run in children that are forked from this process, which has the libraries loaded: a kill costs a second.
+The verbs run in children that are forked from this process, which has the libraries loaded: a trial costs a second.
+Half of the kills fall on a random call that changes a file, half on a random moment of the processor's time. Calls are
+those of failing_calls.c, which gcc compiles here: writes, fsyncs, renames, new files and folders, changes of length.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +30,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import yaml
@@ -35,14 +37,13 @@ import yaml
 os.environ["NUMBA_THREADING_LAYER"] = "workqueue"  # GNU OpenMP ends a process that forks
 
 from carvae.cli import main as command_line
-from carvae.data import atomic
 from carvae.data.simulate import SimulationSettings, simulate_studies, write_studies
 from carvae.demo import programmes
 
 KEPT = Path(__file__).resolve().parents[1] / "tests" / "bundles" / "0.1.0"
-CALLS = {"fsync": "fsync", "replace": "replace", "rename": "rename", "mkdir": "mkdir", "exchange": ""}
-SIZES = (0, 1, 100, 1_000, 4_000, 10_000, 20_000, 40_000, 80_000, 150_000)
-"""Bytes after which the disk is full: one of them falls into the writing of every file."""
+KINDS = ("write", "fsync", "rename", "new file or folder", "length")
+"""As failing_calls.c counts them."""
+KILLED = (-signal.SIGKILL, -signal.SIGPROF)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +75,21 @@ def names(folder: Path) -> set[str]:
     }
 
 
-def child(folder: Path, verb: Verb, before: Callable[[], object], kill_after: float | None = None) -> tuple[int, str]:
-    """Run a verb in a forked child with ``folder`` as its working folder; its exit code (or -signal) and stderr."""
+def calls() -> ctypes.CDLL:
+    """What counts the calls of this process and lets them fail."""
+    library = ctypes.CDLL(os.environ["LD_PRELOAD"])
+    library.seen.restype = ctypes.c_long
+    library.arm.argtypes = [ctypes.c_long, ctypes.c_int]
+    return library
+
+
+def child(folder: Path, verb: Verb, before: Callable[[], object]) -> tuple[int, str, list[int]]:
+    """Run a verb in a forked child with ``folder`` as its working folder.
+
+    Returns its exit code (or -signal), what it said, and how many calls of each kind it made.
+    """
     said, into = os.pipe()
+    counted, count = os.pipe()
     process = os.fork()
     if process == 0:
         code = 70
@@ -95,49 +108,24 @@ def child(folder: Path, verb: Verb, before: Callable[[], object], kill_after: fl
             traceback.print_exc()
         finally:
             sys.stderr.flush()
+            os.write(count, json.dumps([calls().seen(kind) for kind in range(len(KINDS))]).encode())
             os._exit(code)
     os.close(into)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(process, signal.SIGKILL)
-    with os.fdopen(said, errors="replace") as errors:
-        text = errors.read()
+    os.close(count)
+    with os.fdopen(said, errors="replace") as errors, os.fdopen(counted) as numbers:
+        text, seen = errors.read(), json.loads(numbers.read() or "[]")
     _, status = os.waitpid(process, 0)
-    return os.waitstatus_to_exitcode(status), text
+    return os.waitstatus_to_exitcode(status), text, seen
 
 
-def failing(call: str, number: int, code: int) -> Callable[[], None]:
-    """What makes the call of that number fail in this process."""
-
-    def prepare() -> None:
-        seen = 0
-
-        def wrapped(real: Callable[..., Any]) -> Callable[..., Any]:
-            def either(*arguments: Any, **named: Any) -> Any:
-                nonlocal seen
-                seen += 1
-                if seen == number:
-                    raise OSError(code, os.strerror(code))
-                return real(*arguments, **named)
-
-            return either
-
-        if call == "exchange":
-            atomic._exchange = wrapped(atomic._exchange)
-        else:
-            setattr(os, CALLS[call], wrapped(getattr(os, CALLS[call])))
-
-    return prepare
+def failing(number: int, code: int) -> Callable[[], None]:
+    """What makes the call of that number fail in this process, or kills it there where ``code`` is 0."""
+    return lambda: calls().arm(number, code)
 
 
-def full_disk(size: int) -> Callable[[], None]:
-    """What makes every write beyond so many bytes of a file fail."""
-
-    def prepare() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-    return prepare
+def killed_after(seconds: float) -> Callable[[], None]:
+    """What ends this process after some time on the processor, without a chance to tidy up."""
+    return lambda: signal.setitimer(signal.ITIMER_PROF, max(seconds, 0.001))
 
 
 def setting(folder: Path) -> tuple[Verb, ...]:
@@ -159,18 +147,19 @@ def setting(folder: Path) -> tuple[Verb, ...]:
             },
         },
         "model": {"n_latent": 8, "n_hidden": 16},
-        "train": {"wandb": "disabled", "accelerator": "cpu", "max_epochs": 30, "min_steps": 0, "patience": 30},
+        "train": {"wandb": "disabled", "accelerator": "cpu", "max_epochs": 8, "min_steps": 0, "patience": 8},
     }
     (folder / "in" / "c.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    asked = ("in/query.h5ad", "--model", "in/model", "--quiet")
     store = "out/model.work/store.zarr"
     read = ("in",)
     return (
         Verb("ingest", ("ingest", "in/c.yaml", "--quiet"), (store, "out/model.work/receipt.json"), read),
         Verb("train", ("train", "in/c.yaml", "--quiet"), ("out/model",), read),
-        Verb("annotate", ("annotate", *asked, "--out", "out/A.h5ad"), ("out/A.h5ad", "out/A.samples.csv"), read),
-        Verb("annotate to csv", ("annotate", *asked, "--out", "out/A.csv"), ("out/A.csv", "out/A.samples.csv"), read),
-        Verb("map", ("map", *asked, "--out", "out/B"), ("out/B", "out/B.samples.csv"), read),
+        Verb("annotate", ("annotate", *ASKED, "--out", "out/A.h5ad"), ("out/A.h5ad", "out/A.samples.csv"), read),
+        Verb("annotate to csv", ("annotate", *ASKED, "--out", "out/A.csv"), ("out/A.csv", "out/A.samples.csv"), read),
+        Verb("map", ("map", *ASKED, "--out", "out/B"), ("out/B", "out/B.samples.csv"), read),
+        Verb("embed", ("embed", *ASKED, "--out", "out/E.h5ad"), ("out/E.h5ad",), read),
+        Verb("report", ("report", "in/annotated.h5ad", "--out", "out/R.html", "--quiet"), ("out/R.html",), read),
     )
 
 
@@ -178,7 +167,7 @@ def warm(folder: Path, verbs: Sequence[Verb]) -> None:
     """Run every verb once in this process, so that its children need neither import nor compile anything."""
     start = Path.cwd()
     os.chdir(folder)
-    for verb in verbs:
+    for verb in (ANNOTATED, *verbs):
         sys.argv = ["carvae", *verb.arguments]
         with suppress(SystemExit):
             command_line()
@@ -186,10 +175,14 @@ def warm(folder: Path, verbs: Sequence[Verb]) -> None:
     shutil.rmtree(folder / "out")
 
 
+ASKED = ("in/query.h5ad", "--model", "in/model", "--quiet")
+ANNOTATED = Verb("annotate", ("annotate", *ASKED, "--out", "in/annotated.h5ad"), (), ())
+"""What the report is of."""
 OLDER = {
     "ingest": ("ingest.n_top_genes=200",),
     "train": ("seed=1", "train.max_epochs=1"),
     "map": ("map.held_out=0.3",),
+    "report": ("report.max_cells=100",),
 }
 """Settings of an older run of the same verb, whose output is another."""
 
@@ -197,7 +190,7 @@ OLDER = {
 def older(folder: Path, verb: Verb) -> None:
     """Put an older output in place."""
     more = OLDER.get(verb.name, ("predict.coverage=0.5",))
-    code, said = child(folder, replace(verb, arguments=(*verb.arguments, *more)), lambda: None)
+    code, said, _ = child(folder, replace(verb, arguments=(*verb.arguments, *more)), lambda: None)
     assert code == 0, said
 
 
@@ -212,9 +205,9 @@ class Trial:
         self.old = [digest(self.start / out) for out in verb.outputs]
         assert all(self.old), f"{verb.name} wrote no older output"
         self.reset()
-        began = time.monotonic()
-        code, said = self.run(lambda: None)
-        self.seconds = time.monotonic() - began
+        used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+        code, said, self.calls = self.run(failing(0, 0))
+        self.seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - used
         assert code == 0, said
         self.new = [digest(self.folder / out) for out in verb.outputs]
         self.inputs, self.names = digest(self.folder / "in"), names(self.folder)
@@ -225,22 +218,22 @@ class Trial:
         shutil.rmtree(self.folder, ignore_errors=True)
         shutil.copytree(self.start, self.folder, symlinks=True)
 
-    def run(self, before: Callable[[], object], kill_after: float | None = None) -> tuple[int, str]:
+    def run(self, before: Callable[[], object]) -> tuple[int, str, list[int]]:
         """Run the verb in the working folder."""
-        return child(self.folder, self.verb, before, kill_after)
+        return child(self.folder, self.verb, before)
 
     def check(self, what: str, code: int, said: str) -> None:
         """Old or new, inputs as they were, and the same command goes on to the end."""
         for out, old, new in zip(self.verb.outputs, self.old, self.new, strict=True):
-            if digest(self.folder / out) not in (old, new):
+            if digest(self.folder / out) not in ((old, new) if code else (new,)):
                 self.wrong.append(f"{what}: {out} is neither old nor new")
         if code == 1 and (said.count("carvae: ") != 1 or "Traceback" in said):
             self.wrong.append(f"{what}: said {said[-300:]!r}")
-        if code not in (0, 1, -signal.SIGKILL):
+        if code not in (0, 1, *KILLED):
             self.wrong.append(f"{what}: ended with {code}: {said[-300:]!r}")
         if code == 1 and (litter := {n for n in names(self.folder) if ".tmp" in n}):
             self.wrong.append(f"{what}: left {sorted(litter)}")
-        again, said = self.run(lambda: None)
+        again, said, _ = self.run(lambda: None)
         if again or [digest(self.folder / out) for out in self.verb.outputs] != self.new:
             self.wrong.append(f"{what}: the same command did not end with the new output: {said[-300:]!r}")
         if digest(self.folder / "in") != self.inputs:
@@ -249,36 +242,44 @@ class Trial:
             self.wrong.append(f"{what}: left {sorted(names(self.folder) ^ self.names)}")
 
 
-def kills(trial: Trial, n: int, rng: random.Random) -> Counter[str]:
-    """Kill a verb at random times over its run."""
-    counts = Counter[str]()
+def kills(trial: Trial, n: int, rng: random.Random) -> int:
+    """Kill a verb at random; how often it died."""
+    died = 0
     for k in range(n):
         trial.reset()
-        after = rng.uniform(0, 1.05 * trial.seconds)
-        code, said = trial.run(lambda: None, after)
-        counts["died" if code == -signal.SIGKILL else "ended before"] += 1
-        trial.check(f"{trial.verb.name}, kill {k} after {after:.2f} s", code, said)
-    return counts
+        if k % 2:
+            after = rng.uniform(0, trial.seconds)
+            what, before = f"killed after {after:.2f} s", killed_after(after)
+        else:
+            number = rng.randint(1, sum(trial.calls))
+            what, before = f"killed at call {number}", failing(number, 0)
+        code, said, _ = trial.run(before)
+        died += code in KILLED
+        trial.check(f"{trial.verb.name}, {what}", code, said)
+    return died
 
 
-def failures(trial: Trial, most: int) -> Counter[str]:
-    """Let each call fail in its turn until a run has no more of them, and the disk be full after so many bytes."""
+def failures(trial: Trial, most: int, rng: random.Random) -> Counter[str]:
+    """Let each call fail in its turn, by a broken disk and a full one; how often the verb was refused, and went on."""
     counts = Counter[str]()
-    for call in CALLS:
-        for number in range(1, most + 1):
-            trial.reset()
-            code = errno.EIO if number % 2 else errno.ENOSPC
-            ended, said = trial.run(failing(call, number, code))
-            trial.check(f"{trial.verb.name}, {call} {number} fails", ended, said)
-            if ended == 0:
-                break
-            counts[call] += 1
-    for size in SIZES:
+    n_calls = sum(trial.calls)
+    for number in range(1, n_calls + 1) if n_calls <= most else sorted(rng.sample(range(1, n_calls + 1), most)):
         trial.reset()
-        ended, said = trial.run(full_disk(size))
-        trial.check(f"{trial.verb.name}, full after {size} bytes", ended, said)
-        counts["write"] += ended == 1
+        code = errno.EIO if number % 2 else errno.ENOSPC
+        ended, said, _ = trial.run(failing(number, code))
+        trial.check(f"{trial.verb.name}, call {number} fails by {errno.errorcode[code]}", ended, said)
+        counts["refused" if ended else "went on"] += 1
     return counts
+
+
+def preloaded() -> None:
+    """Begin this process anew with failing_calls.c loaded before the C library."""
+    if "LD_PRELOAD" in os.environ:
+        return
+    source = Path(__file__).with_name("failing_calls.c")
+    library = Path(tempfile.mkdtemp()) / "failing_calls.so"
+    subprocess.run(["gcc", "-O1", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"], check=True)
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"LD_PRELOAD": str(library)})
 
 
 def main() -> None:
@@ -286,25 +287,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kills", type=int, default=200, help="over all verbs")
-    parser.add_argument("--most", type=int, default=200, help="most calls of a kind that fail in turn")
+    parser.add_argument("--most", type=int, default=10_000, help="most calls that fail in turn; more are drawn from")
     parser.add_argument("--verbs", nargs="*", help="only these")
     given = parser.parse_args()
-    ctypes.CDLL(None)  # loaded before any fork
-    rng, found, wrong = random.Random(given.seed), {}, []
+    preloaded()
+    rng, found = random.Random(given.seed), {}
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         verbs = [verb for verb in setting(root) if not given.verbs or verb.name in given.verbs]
         warm(root, verbs)
         for verb in verbs:
-            trial = Trial(root, verb)
-            killed = kills(trial, given.kills // len(verbs), rng)
-            failed = failures(trial, given.most)
-            found[verb.name] = {"kills": dict(killed), "failures": dict(failed), "seconds": round(trial.seconds, 2)}
-            wrong += trial.wrong
-            print(json.dumps({verb.name: found[verb.name], "wrong": trial.wrong}), file=sys.stderr, flush=True)
-    n_killed = sum(entry["kills"].get("died", 0) for entry in found.values())
-    n_failed = sum(sum(entry["failures"].values()) for entry in found.values())
-    told = {"seed": given.seed, "killed": n_killed, "failed calls": n_failed, "wrong": wrong, "by verb": found}
+            trial, began = Trial(root, verb), time.monotonic()
+            died = kills(trial, given.kills // len(verbs), rng)
+            failed = failures(trial, given.most, rng)
+            found[verb.name] = {"kills": died, "calls": dict(zip(KINDS, trial.calls, strict=True)), "failed": failed}
+            found[verb.name] |= {"wrong": trial.wrong, "seconds": round(time.monotonic() - began)}
+            print(json.dumps({verb.name: found[verb.name]}), file=sys.stderr, flush=True)
+    wrong = sum(len(entry["wrong"]) for entry in found.values())
+    told = {"seed": given.seed, "killed": sum(entry["kills"] for entry in found.values()), "wrong": wrong}
+    told |= {"failed calls": sum(entry["failed"].total() for entry in found.values()), "by verb": found}
     print(json.dumps(told))
     sys.exit(int(bool(wrong)))
 

@@ -125,6 +125,26 @@ def test_equal_totals_are_refused_as_normalised_and_the_next_place_is_tried() ->
     assert found.where == "place1"
 
 
+def test_cpm_that_was_rounded_and_cut_to_some_genes_is_refused() -> None:
+    counts = counts_of(200, 300)
+    cpm = np.rint(counts / counts.sum(axis=1, keepdims=True) * 1e6)
+    cut = cpm[:, ::3]
+    assert cut.sum(axis=1).std() > 0.01 * cut.sum(axis=1).mean()  # its totals give nothing away
+    rich = np.flatnonzero((cut > 0).sum(axis=1) >= 50)
+    smallest = np.where(cut > 0, cut, np.inf).min(axis=1)[rich]
+    said = f"{len(rich)} of {len(rich)} cells have no count of 1, their smallest is {np.median(smallest):,.0f}"
+    for matrix in (cut, sp.csr_matrix(cut), sp.csr_matrix(cut.astype(np.int32))):
+        with pytest.raises(CountsError, match=f"scaled before it was rounded: {said}.*first in cell 'c{rich[0]}'"):
+            find(matrix)
+    raw = counts[rich][:, ::3]
+    half = len(rich) // 2
+    find(np.concatenate([raw[: half + 5], cut[rich][half + 5 :]]))  # below a half is no proof
+    with pytest.raises(CountsError, match=f"{len(rich) - half + 5} of {len(rich)} cells"):
+        find(np.concatenate([raw[: half - 5], cut[rich][half - 5 :]]))
+    few = np.where(np.cumsum(cut > 0, axis=1) < 50, cut, 0)
+    find(few)  # of less than 50 genes a cell may well have none with a count of 1
+
+
 def test_counts_that_were_multiplied_are_refused() -> None:
     counts = counts_of(60, 80)
     find(counts)

@@ -124,13 +124,21 @@ def _places(root: Node, path: Path) -> list[str]:
     if "X" in root and not _is_null(member(root, "X", str(path))):
         names.append("X")
     if "layers" in root:
-        layers = member(root, "layers", str(path))
+        layers = _group(root, "layers", str(path))
         names += [f"layers/{layer}" for layer in layers]
         for layer in layers:
             member(layers, layer, f"{path}/layers")
-    if "raw" in root and not _is_null(member(root, "raw", str(path))) and "X" in root["raw"]:
+    if "raw" in root and not _is_null(member(root, "raw", str(path))) and "X" in _group(root, "raw", str(path)):
         names.append("raw")
     return _ordered(names)
+
+
+def _group(root: Node, name: str, where: str) -> Node:
+    """A child that holds others; of an array in its place every row would be read."""
+    group = member(root, name, where)
+    if hasattr(group, "shape"):
+        raise ReadError(f"{where}/{name} is an array, not a group of matrices; write it again by anndata")
+    return group
 
 
 def _ordered(places: Iterable[str]) -> list[str]:

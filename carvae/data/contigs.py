@@ -154,9 +154,10 @@ def _read(path: Path, root: Path) -> Receptors:
                     f"{path} is no receptor data that carvae reads; give filtered_contig_annotations.csv of 10x, an "
                     "AIRR table (.tsv), or an .h5ad or .h5mu of scirpy"
                 )
-        except (ValueError, KeyError, TypeError, OSError, UnicodeDecodeError) as error:
-            raise ReadError(f"{path} cannot be read as receptor data: {' '.join(str(error).split())}") from None
-        return Receptors(names, str(path), _chains(adata, scirpy, str(path)))
+            return Receptors(names, str(path), _chains(adata, scirpy, str(path)))
+        except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+            seen = " ".join(str(error).split())[:200]
+            raise ReadError(f"{path} cannot be read as receptor data ({seen}); export it again") from None
 
 
 def _read_anndata(path: Path) -> AnnData:

@@ -1,7 +1,7 @@
 """Where a source keeps its raw counts, verified over the whole matrix.
 
-A matrix passes only if every stored value is finite, whole, not negative and small enough to be exact, and if the
-cells do not all have the same total. Nothing is sampled. N cells, G genes.
+A matrix passes only if every stored value is finite, whole, not negative and small enough to be exact, if the cells do
+not all have the same total, and if most cells have a count of 1. Nothing is sampled. N cells, G genes.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ LARGEST_ITEM = 8  # bytes of the numbers that compiled code takes
 BLOCK_CELLS = 4096
 CELLS_OF_A_FACTOR = 30
 """Cells whose totals have no common factor by chance."""
+CELLS_OF_ONES, GENES_OF_ONES = 30, 50
+"""So many cells with so many genes each are not without a single count of 1, unless their counts were scaled."""
 FIRST_CELLS = 64
 """Cells by which a place is judged before all of it is read."""
 
@@ -176,11 +178,38 @@ def checked_blocks(
             if not inverted and matrix.dtype.itemsize <= LARGEST_ITEM:
                 seen = look(block, _limit(matrix.dtype), key_G)
                 if seen.plain:
+                    _refuse_scaled(block, seen.total_N)
                     yield Checked(_as_int32(block), seen.total_N, seen.print_N, seen.largest)
                     continue
             counts = convert(block, matrix.dtype)
             seen = look(counts, LARGEST_COUNT, key_G)
+            _refuse_scaled(counts, seen.total_N)
             yield Checked(counts, seen.total_N, seen.print_N, seen.largest)
+
+
+def _refuse_scaled(block: sp.csr_matrix, total_N: npt.NDArray[np.int64]) -> None:
+    """Raise _CellError where most cells have no count of 1, as CPM that was rounded and then cut to some genes.
+
+    Cells of one total, and values with a common factor, are left to `refuse_totals`, which can say more.
+    """
+    n_genes_N = np.diff(block.indptr)
+    rich = np.flatnonzero(n_genes_N >= GENES_OF_ONES)
+    if len(rich) < CELLS_OF_ONES:
+        return
+    filled = np.flatnonzero(n_genes_N)
+    smallest = np.minimum.reduceat(block.data, block.indptr[filled])[n_genes_N[filled] >= GENES_OF_ONES]
+    scaled = smallest > 1
+    if 2 * scaled.sum() <= len(rich):
+        return
+    total = total_N[rich].astype(np.float64)
+    if total.std() <= EQUAL_TOTALS_SPREAD * total.mean() or np.gcd.reduce(block.data.astype(np.int64)) > 1:
+        return
+    raise _CellError(
+        f"was scaled before it was rounded: {int(scaled.sum()):,} of {len(rich):,} cells have no count of 1, their "
+        f"smallest is {float(np.median(smallest[scaled])):,.0f}",
+        int(rich[np.argmax(scaled)]),
+        None,
+    )
 
 
 def _as_int32(block: sp.csr_matrix) -> sp.csr_matrix:

@@ -19,6 +19,7 @@ from anndata.io import read_elem, sparse_dataset, write_elem
 from anndata.utils import make_index_unique
 from numpy.typing import NDArray
 
+from carvae.data.hdf5 import writing_hdf5
 from carvae.data.readers import CountsSource
 from carvae.data.rows import moved
 
@@ -43,7 +44,7 @@ def readable_by_others() -> AbstractContextManager[None]:
 def opened(path: Path) -> Iterator[Any]:
     """The root of a file or store for writing; a zarr store's summary of its members must not hide what is new."""
     if path.suffix != ".zarr":
-        with h5py.File(path, "a") as file:
+        with writing_hdf5(path) as file:
             yield file
         return
     yield zarr.open_group(path, mode="a", use_consolidated=False)

@@ -333,7 +333,7 @@ class _Harmoniser:
             if not {level, column} <= set(out.columns):
                 continue
             values = out[[level, column]].dropna().groupby(level, observed=True)[column].unique()
-            mixed = values[values.map(len) > 1]
+            mixed = values[[len(found) > 1 for found in values]]
             if not len(mixed):
                 continue
             first = ", ".join(repr(value) for value in list(mixed.iloc[0])[:SHOWN])

@@ -136,12 +136,17 @@ def _tables(path: Path) -> list[Path]:
 
 
 def _read(path: Path) -> pd.DataFrame:
-    table = read_table(path)
+    table = read_table(path, verbatim=["sample"])  # a sample may be named NA
     if absent := [name for name in NEEDED if name not in table]:
         raise SchemaError(
             f"{path} is no table of samples as `carvae annotate` writes it beside its results: it has no column "
             f"{absent[0]!r}"
         )
+    if not table["sample"].map(str.strip).all():
+        raise SchemaError(f"{path} has rows without a sample; name each, or annotate again")
+    for name in [name for name in map(str, table) if name in NEEDED[1:] or kind_of(name, table)]:
+        if not pd.api.types.is_numeric_dtype(table[name]):
+            raise SchemaError(f"{path}, column {name!r}, holds words where numbers are needed; annotate again")
     if not composition(table):
         raise SchemaError(f"{path} has no composition (columns 'fraction STATE' with 'low' and 'high'); annotate again")
     return table

@@ -30,7 +30,7 @@ WORKBOOK = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")
 PACKED = b"\x1f\x8b"
 
 
-def read_table(path: Path, setting: str = "", text: Iterable[str] = ()) -> pd.DataFrame:
+def read_table(path: Path, setting: str = "", text: Iterable[str] = (), verbatim: Iterable[str] = ()) -> pd.DataFrame:
     """A table in CSV, with commas, semicolons or tabs, packed with gzip or not.
 
     Parameters
@@ -39,6 +39,8 @@ def read_table(path: Path, setting: str = "", text: Iterable[str] = ()) -> pd.Da
         What named the file, such as ``predict.sheet``, for messages.
     text
         Further columns that are read as text.
+    verbatim
+        Columns of which ``NA`` is a name, and not one that is missing.
 
     Raises
     ------
@@ -55,7 +57,8 @@ def read_table(path: Path, setting: str = "", text: Iterable[str] = ()) -> pd.Da
         table = pd.read_csv(
             path,
             sep=sep,
-            dtype=dict.fromkeys(names, str),
+            dtype=dict.fromkeys(names.difference(verbatim), str),
+            converters=dict.fromkeys(verbatim, str),
             encoding="utf-8-sig",
             compression="gzip" if head.startswith(PACKED) else None,
             low_memory=False,
