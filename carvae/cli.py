@@ -7,16 +7,18 @@ import json
 import re
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from carvae import __version__
+from carvae import __version__, verbs
 from carvae.config import Config
 from carvae.errors import CarvaeError, ConfigError
 from carvae.groups import hub, studies
 from carvae.invocation import (
+    GATE_FAILED,
     AsJson,
     Clones,
     ConfigFile,
@@ -25,10 +27,16 @@ from carvae.invocation import (
     Overrides,
     Query,
     Quiet,
+    ReportPage,
+    Seed,
     only,
+    rows_of,
     start,
     verb_of_queries,
 )
+
+if TYPE_CHECKING:
+    from carvae.model.bundle import Bundle
 
 app = typer.Typer(
     name="carvae",
@@ -37,11 +45,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
 app.add_typer(studies, name="studies")
 app.add_typer(hub, name="hub")
+app.command()(verbs.export)
+app.command()(verbs.reproduce)
 
-GATE_FAILED = 4
 Out = Annotated[Path, typer.Option(help="Result: .h5ad, .zarr, .csv or .csv.gz; - prints a table.")]
 FULL = "; nothing was changed: make room, and give the same command again"
 REMEDY = {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EFBIG: FULL, errno.EROFS: "; choose another output"}
@@ -89,20 +97,40 @@ def embed(settings: Config, query: Query, model: Model, out: Out) -> Job:
 
 
 @app.command()
-@verb_of_queries("predict.", "clones.", "seed=", prints=True)
-def annotate(settings: Config, query: Query, model: Model, out: Out, clones: Clones = None) -> Job:
+@verb_of_queries("predict.", "clones.", "report.", "seed=", prints=True)
+def annotate(
+    settings: Config, query: Query, model: Model, out: Out, clones: Clones = None, report: ReportPage = None
+) -> Job:
     """Label every cell of a new sample: state, confidence, signatures, clones, CAR; and a table of samples."""
     from carvae import predict
     from carvae.model.cell_clones import Asked
 
     asked = Asked(clones, settings.clones, settings.seed)
-    return Job(
+    job = Job(
         lambda: predict.run(query, model, out, settings.predict, label=True, asked=asked),
         lambda bundle: predict.refuse(bundle, query, out, settings.predict, label=True),
         asked=asked,
         written=lambda out: predict.written(out, label=True),
         rows=".samples.csv",
     )
+    return job if report is None else _with_report(job, out, report, model, settings)
+
+
+def _with_report(job: Job, out: Path, page: Path, model: Path, settings: Config) -> Job:
+    """The same job, after which the report on what it wrote is written."""
+    from carvae.report import refuse, run
+
+    def both() -> Path:
+        refuse(out, page)  # before any cell is labelled
+        labelled = job.run()
+        run(labelled, page, model=model, config=settings.report, clones=settings.clones, seed=settings.seed)
+        return labelled
+
+    def refused(bundle: Bundle) -> None:
+        refuse(out, page)
+        job.refuse(bundle)
+
+    return replace(job, run=both, refuse=refused, written=lambda out: [*job.written(out), page])
 
 
 @app.command()
@@ -186,13 +214,26 @@ def clones(
     ],
     out: Annotated[Path, typer.Option(help="Folder for the tables and pictures.")],
     overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be followed, and write nothing.")] = False,
+    as_json: AsJson = False,
+    seed: Seed = None,
     quiet: Quiet = False,
 ) -> None:
     """Follow clones over a patient's time points: which stay, grow or come, and from which state to which they go."""
-    settings = start(quiet, None, only(overrides, "clones.", "seed="))
-    from carvae.clones import run
+    own = [] if seed is None else [f"seed={seed}"]
+    settings = start(quiet or dry_run, None, [*only(overrides, "clones.", "seed="), *own])
+    from carvae.clones import PLOTS, TABLES, facts, look, run, sentence
 
+    if dry_run:
+        found = look(table, out, settings.clones)
+        print(json.dumps(facts(found)) if as_json else sentence(found))
+        return
     run(table, out, settings.clones, settings.seed)
+    if as_json:
+        paths = [out / name for name in (*TABLES, *PLOTS) if (out / name).exists()]
+        told = {"verb": "clones", "carvae_version": __version__, "query": str(table), "seed": settings.seed}
+        told |= {"out": str(out), "written": list(map(str, paths)), "rows": rows_of(paths, "samples.csv")}
+        print(json.dumps(told))
 
 
 @app.command()

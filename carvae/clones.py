@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -13,15 +14,16 @@ import pandas as pd
 import zarr
 from anndata.io import read_elem
 
-from carvae.data.atomic import replacing_file
+from carvae.data.atomic import refuse_file, replacing_file
 from carvae.data.clonotypes import own_clones
 from carvae.data.diversity import clonal_figures
 from carvae.data.results import cells_path
 from carvae.data.schema import inspect_obs, named_column, raise_problems
 from carvae.data.spreadsheet import write_table
+from carvae.data.tables import read_table
 from carvae.data.timepoints import in_order
 from carvae.data.tracking import ClonalCells, changes, flow, persistence, sharing, tracked, transitions
-from carvae.errors import ConfigError, ReadError, SchemaError
+from carvae.errors import ReadError, SchemaError
 from carvae.labels.axis import RESERVED
 from carvae.plots.clones import draw_flow, draw_tracking
 from carvae.section_patient import ClonesConfig
@@ -68,10 +70,9 @@ def run(source: Path, out: Path, config: ClonesConfig, seed: int = 0) -> Path:
     CarvaeError
         The file cannot be read or lacks a column, or the order of the time points is not clear; nothing is written.
     """
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {str(out)!r} is a file; clones writes tables and pictures into a folder")
-    found = clonal_cells(read_obs(source), source.name, config)
-    _say(found)
+    found = look(source, out, config)
+    log.info("%s", sentence(found))
+    _say_pooled(found)
     tables = (
         tracked(found),
         changes(found, config.alpha),
@@ -99,7 +100,31 @@ def run(source: Path, out: Path, config: ClonesConfig, seed: int = 0) -> Path:
     return out
 
 
-def read_obs(source: Path) -> pd.DataFrame:
+def look(source: Path, out: Path, config: ClonesConfig) -> ClonalCells:
+    """The cells that `run` would follow; raises what it would refuse, and writes nothing."""
+    refuse_file(out, "clones")
+    return clonal_cells(read_obs(source, config), source.name, config)
+
+
+def sentence(found: ClonalCells) -> str:
+    """What was found, in words."""
+    return "{cells:,} cells of {n} patients, {with_clone:,} with a clone; time points: {times}".format(
+        **facts(found), n=len(found.patients()), times=", ".join(found.order)
+    )
+
+
+def facts(found: ClonalCells) -> dict[str, Any]:
+    """What was found, for programs."""
+    return {
+        "cells": len(found.cells),
+        "with_clone": int(found.cells["clone"].notna().sum()),
+        "patients": list(map(str, found.patients())),
+        "timepoints": list(found.order),
+        "followed": [str(patient) for patient in found.patients() if len(found.of(patient)[1]) > 1],
+    }
+
+
+def read_obs(source: Path, config: ClonesConfig) -> pd.DataFrame:
     """One row per cell, from an AnnData on disk, a table, or a folder of those.
 
     Raises
@@ -115,22 +140,21 @@ def read_obs(source: Path) -> pd.DataFrame:
         files = [path for path in files if path not in twice and not path.name.endswith(".samples.csv")]
         if not files:
             raise ReadError(f"{source} holds no {', '.join(CELLS)}")
-        return pd.concat([_read_file(path) for path in files], ignore_index=True)
-    return _read_file(source)
+        return pd.concat([_read_file(path, config) for path in files], ignore_index=True)
+    return _read_file(source, config)
 
 
-def _read_file(source: Path) -> pd.DataFrame:
+def _read_file(source: Path, config: ClonesConfig) -> pd.DataFrame:
     try:
         if source.suffix == ".h5ad":
             with h5py.File(source, "r", locking="best-effort") as file:
                 return _frame(read_elem(file["obs"]))
         if source.is_dir():
             return _frame(read_elem(zarr.open_group(source, mode="r", use_consolidated=False)["obs"]))
-        name = source.name.removesuffix(".gz")
-        if name.endswith((".csv", ".tsv")):
-            return pd.read_csv(source, sep="," if name.endswith(".csv") else "\t", low_memory=False)
     except (OSError, KeyError, ValueError) as error:
         raise ReadError(f"{source} cannot be read: {' '.join(str(error).split())}") from None
+    if source.name.removesuffix(".gz").endswith((".csv", ".tsv")):
+        return read_table(source, text=[name for name in (config.sample, config.patient) if name is not None])
     raise ReadError(f"{source} is no table of cells; give .h5ad, .zarr, .csv or .tsv (.csv.gz, .tsv.gz)")
 
 
@@ -207,16 +231,8 @@ def _state(obs: pd.DataFrame, name: str, config: ClonesConfig) -> pd.Series[str]
     return state.mask(state.eq(RESERVED) | state.eq(""))
 
 
-def _say(found: ClonalCells) -> None:
-    cells = found.cells
-    log.info(
-        "%s cells of %s patients, %s with a clone; time points: %s",
-        f"{len(cells):,}",
-        cells["patient"].nunique(),
-        f"{int(cells['clone'].notna().sum()):,}",
-        ", ".join(found.order),
-    )
-    pooled = cells.groupby(["patient", "timepoint"])["sample"].nunique()
+def _say_pooled(found: ClonalCells) -> None:
+    pooled = found.cells.groupby(["patient", "timepoint"])["sample"].nunique()
     if (pooled := pooled[pooled > 1]).size:
         first = " ".join(map(str, pooled.index[0]))
         log.info("%s time points pool several samples of a patient, such as %s", len(pooled), first)

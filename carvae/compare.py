@@ -17,7 +17,7 @@ import pandas as pd
 from scipy.stats import false_discovery_control
 
 from carvae import __version__
-from carvae.data.atomic import replacing_file
+from carvae.data.atomic import refuse_file, replacing_file
 from carvae.data.contrast import (
     Basis,
     Contrast,
@@ -30,9 +30,9 @@ from carvae.data.contrast import (
     paired,
     welch,
 )
-from carvae.data.sides import Side, apart, figures, first_axis, is_share, read_side
+from carvae.data.sides import Side, apart, depths_of, figures, first_axis, is_share, read_side
 from carvae.data.spreadsheet import write_table
-from carvae.errors import ConfigError, SchemaError
+from carvae.errors import SchemaError
 from carvae.gate import Check, judged
 from carvae.plots.comparison import draw
 from carvae.section_compare import CompareConfig, Gate
@@ -81,8 +81,7 @@ def run(a: Path, b: Path, out: Path, config: CompareConfig, gate: Path | None = 
     CarvaeError
         A side or the gate cannot be used; nothing is written then.
     """
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {str(out)!r} is a file; compare writes tables and a picture into a folder")
+    refuse_file(out, "compare")
     rules = None if gate is None else Gate.read(gate)
     sides = tuple(
         read_side(path, where, f"compare.{name}", config.unit)
@@ -147,10 +146,15 @@ def _basis(a: Side, b: Side, config: CompareConfig, unit: str) -> tuple[Basis, l
 
 
 def contrasts(a: Side, b: Side, basis: Basis) -> pd.DataFrame:
-    """One row per figure; q is p after Benjamini and Hochberg (1995) over the figures that have one."""
-    rows = []
+    """One row per figure; q is p after Benjamini and Hochberg (1995) over the figures that have one.
+
+    Where clonal figures at equal depth were drawn at different depths, plain ones have no difference.
+    """
+    rows, uneven = [], len(depths_of(a, b)) > 1
     for figure, group in figures(a, b).items():
         found = contrast(a, b, figure, basis)
+        if uneven and group == "clones" and figure != "clone_cells":
+            found = Contrast(found.a, found.b, Estimate(np.nan), np.nan, "none")
         if is_share(figure, group):
             of_a, of_b = found.a.within(0, 1), found.b.within(0, 1)
             found = replace(found, a=of_a, b=of_b, difference=found.difference.within(-1, 1))

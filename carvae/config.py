@@ -178,7 +178,7 @@ class TrainConfig(Section):
     """CPU threads of torch; 0 leaves torch's own choice. Two threads on a busy machine can be slower."""
     map_every: int = Field(0, ge=0)
     """Epochs after which a map of cells (UMAP, up to 2,000) by state and by study is drawn into the log's folder and
-    W&B, which then holds names of studies; 0 draws none. A map takes some ten seconds."""
+    W&B, with studies by number; 0 draws none. A map takes some ten seconds."""
     wandb: Literal["offline", "online", "disabled"] = "offline"
     """Weights & Biases: offline needs no account and no network."""
 

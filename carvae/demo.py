@@ -24,18 +24,19 @@ from numpy.typing import NDArray
 from sklearn.metrics import accuracy_score, f1_score
 
 from carvae.config import Config, packaged
+from carvae.data.atomic import refuse_file
 from carvae.data.results import LATENT, samples_path
 from carvae.data.simulate import STUDIES, SimulationSettings, simulate_studies, write_studies
-from carvae.errors import ConfigError
 from carvae.ingest import work_folder
 from carvae.labels.signatures import Signatures
 from carvae.labels.tree import RESERVED
-from carvae.page.index import Figure, Number, Table, write_index
+from carvae.page.index import Figure, Link, Number, Table, write_index
 from carvae.plots.cells import plot_composition, plot_signatures_by_state, plot_umap
 from carvae.plots.look import save
 from carvae.plots.training import plot_confusion, plot_loss
 from carvae.predict import embed
 from carvae.predict import run as predict
+from carvae.report import run as report
 from carvae.train import run as train
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ N_CELLS = 1000
 SEED = 0
 ENDINGS = ("h5ad", "cells.csv.gz", "samples.csv")
 """What `carvae annotate` writes."""
+REPORT = f"{QUERY}_report.html"
 REST = "other studies"
 SCORE = "carvae_score_"
 INTRODUCTION = (
@@ -109,23 +111,24 @@ def run(out: Path) -> Path:
     CarvaeError
         ``out`` is a file.
     """
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{str(out)!r} is a file; name a folder for the demo's results")
+    refuse_file(out, "demo")
     (out / "index.html").unlink(missing_ok=True)
     start = time.monotonic()
     n_cells = N_CELLS * len(STUDIES)
-    log.info("[1/5] simulating %d studies, %s cells (nothing here is measured)", len(STUDIES), f"{n_cells:,}")
+    log.info("[1/6] simulating %d studies, %s cells (nothing here is measured)", len(STUDIES), f"{n_cells:,}")
     studies = simulate_studies(np.random.default_rng(SEED), programmes(), SimulationSettings(n_cells=N_CELLS))
     paths = {path.stem: path for path in write_studies(studies, out / "studies")}
-    log.info("[2/5] training on %s", ", ".join(name for name in paths if name != QUERY))
+    log.info("[2/6] training on %s", ", ".join(name for name in paths if name != QUERY))
     config = read_config(out)
     model = train(config)
-    log.info("[3/5] labelling %s, which training never saw", QUERY)
+    log.info("[3/6] labelling %s, which training never saw", QUERY)
     annotated = predict(paths[QUERY], model, out / f"{QUERY}_annotated.h5ad", config.predict, label=True)
     query = _read_labelled(annotated)
-    log.info("[4/5] drawing the map of all cells")
+    log.info("[4/6] writing the report on it, as for any sample")
+    report(annotated, out / REPORT, model=model)
+    log.info("[5/6] drawing the map of all cells")
     cells = _map_cells(studies, model)
-    log.info("[5/5] drawing figures")
+    log.info("[6/6] drawing figures")
     history = pd.read_csv(work_folder(model) / "fit" / "log" / "metrics.csv")
     figures = _draw_maps(out, query, cells) + _draw_results(out, query, history)
     page = _write_page(out, query, figures, time.monotonic() - start)
@@ -299,10 +302,11 @@ def _write_page(out: Path, query: Labelled, figures: Sequence[Figure], seconds: 
                 "the new study with its results",
                 "one row per cell, for R and Excel",
                 "one row per sample: states, signatures, marker-positive fractions",
+                "the report on the new study: one file that opens without a network",
             ]
         },
         index=pd.Index(
-            ["studies/", "model/", "model.work/", *(f"{QUERY}_annotated.{end}" for end in ENDINGS)],
+            ["studies/", "model/", "model.work/", *(f"{QUERY}_annotated.{end}" for end in ENDINGS), REPORT],
             name="File",
         ),
     )
@@ -313,4 +317,11 @@ def _write_page(out: Path, query: Labelled, figures: Sequence[Figure], seconds: 
         [Table("Samples of the new study", samples[columns]), Table("What lies in this folder", files)],
         numbers,
         INTRODUCTION,
+        Link(
+            REPORT,
+            f"Open the report on {QUERY}",
+            "The page that carvae report writes on every sample: a verdict on each, a map to colour and choose cells "
+            "from, states with intervals, evidence, clones, limits. What follows here is what only a simulation can "
+            "tell: how the answers compare with the truth.",
+        ),
     )

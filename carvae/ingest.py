@@ -33,6 +33,9 @@ from carvae.model.cohort import LABEL, SCORE, SOURCE
 
 log = logging.getLogger(__name__)
 
+DRAFTED = 64
+"""Cells of every file at least in a store to try training with."""
+
 
 @dataclass(slots=True)
 class Part:
@@ -97,6 +100,49 @@ def _build(store: Path, fingerprint: str, config: Config) -> None:
         for part in parts:
             _write_part(writer, part, panel, signatures if config.labels.weak else None, config.ingest.chunk_size)
         writer.close()
+
+
+def draft(parts: Sequence[Part], config: Config, n_cells: int, store: Path) -> NDArray[np.int64]:
+    """Write a small store of the first cells of every file, to try training with; the panel is chosen from them.
+
+    Returns
+    -------
+    NDArray
+        Number of each of its cells among all that are kept, part after part.
+    """
+    universe = np.array(sorted({str(s) for part in parts for s in part.genes.symbols}), dtype=object)
+    studies, each = tuple(config.ingest.studies), max(DRAFTED, n_cells // len(parts))
+    drawn, obs, rows, first = [], [], [], 0
+    for part in parts:
+        counts, cells = _first_cells(part, each)
+        drawn.append((counts @ _columns(part.genes.symbols, universe)).tocsr())
+        obs.append(part.obs.iloc[cells].reset_index(drop=True))
+        rows.append(first + np.searchsorted(np.flatnonzero(part.keep), cells))
+        first += int(part.keep.sum())
+    measured = _measured(parts, studies, universe)
+    signatures = Signatures.read(label_file(config.labels.signatures))
+    together = sp.vstack(drawn).tocsr()
+    batch = np.full(together.shape[0], "all", dtype=object)
+    panel = choose_panel(together, batch, universe, measured, signatures.genes, config.ingest)
+    chosen = np.isin(universe, panel.genes)
+    writer = StoreWriter(store, StoreHeader("draft", panel.genes, studies, {}), measured[:, chosen])
+    for part_counts, part_obs in zip(drawn, obs, strict=True):
+        writer.append(part_counts[:, chosen].tocsr().astype(np.int64), part_obs)
+    writer.close()
+    return np.concatenate(rows)
+
+
+def _first_cells(part: Part, n_cells: int) -> tuple[sp.csr_matrix, NDArray[np.int64]]:
+    """Counts and numbers of the first cells of a file that stay."""
+    found, start = [], 0
+    for chunk in part.source.chunks(n_cells):
+        own = np.flatnonzero(part.keep[start : start + chunk.shape[0]])
+        found.append((chunk[own], start + own))
+        start += chunk.shape[0]
+        if sum(len(cells) for _, cells in found) >= n_cells:
+            break
+    counts, cells = sp.vstack([c for c, _ in found]).tocsr(), np.concatenate([n for _, n in found])
+    return counts[:n_cells], cells[:n_cells]
 
 
 def _is_current(store: Path, fingerprint: str) -> bool:

@@ -42,8 +42,12 @@ Clones = Annotated[
         help="T-cell receptors: 10x filtered_contig_annotations.csv, AIRR .tsv, .h5ad of scirpy, or a folder of those.",
     ),
 ]
+ReportPage = Annotated[
+    Path | None, typer.Option(metavar="FILE.html", help="Also write the report: a page with verdicts and the map.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print a summary for programs, as one line of JSON.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of every random number.")]
 
 OF_QUERIES: dict[str, tuple[Any, object]] = {
     "overrides": (Overrides, None),
@@ -51,10 +55,12 @@ OF_QUERIES: dict[str, tuple[Any, object]] = {
     "as_json": (AsJson, False),
     "threads": (Annotated[int | None, typer.Option(help="CPU threads; 0 leaves the libraries' own choice.")], None),
     "device": (Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:1.")], None),
-    "seed": (Annotated[int | None, typer.Option(help="Seed of every random number.")], None),
+    "seed": (Seed, None),
     "quiet": (Quiet, False),
 }
 """Option of every verb with a query -> its type and default."""
+GATE_FAILED = 4
+"""Exit code where results were written and do not hold: a gate, or an output that came out otherwise."""
 STDOUT = "-"
 NAMES = ("sample", "patient", "study", "timepoint", "tissue", "product", "state", "gene", "model")
 """Columns of tables that are words, also where they look like numbers."""
@@ -152,7 +158,7 @@ def _do(
             "written": list(map(str, paths)),
             "seconds": round(time.monotonic() - begun, 2),
             "warnings": warned.said,
-            "rows": _rows(paths, job.rows),
+            "rows": rows_of(paths, job.rows),
         }
         print(json.dumps(summary))
 
@@ -220,7 +226,7 @@ def _bundle_id(model: Path) -> str:
     return str(json.loads((model / "model.json").read_text(encoding="utf-8"))["sha256"])[:12]
 
 
-def _rows(paths: list[Path], end: str) -> list[dict[str, Any]]:
+def rows_of(paths: list[Path], end: str) -> list[dict[str, Any]]:
     """Rows of the main table, with null for what is missing."""
     import pandas as pd
 

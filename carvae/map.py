@@ -108,6 +108,7 @@ def refuse(bundle: Bundle, model: Path, out: Path) -> None:
 
 
 def _refuse_model(bundle: Bundle) -> None:
+    bundle.refuse_without_decoder("mapping")
     if not bundle.n_categories:
         raise BundleError("this model corrects for no covariate, so there are no rows to add; use it as it is")
 

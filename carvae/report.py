@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ from carvae import __version__
 from carvae.config import PredictConfig, label_file
 from carvae.data.atomic import replacing_file
 from carvae.data.readers import open_samples
-from carvae.errors import CarvaeError, ConfigError, CountsError, GeneError
+from carvae.data.results import TABLES
+from carvae.errors import CarvaeError, ConfigError, CountsError, GeneError, ReadError
 from carvae.labels.signatures import Signatures
 from carvae.model.bundle import Bundle, load
 from carvae.page import (
@@ -39,6 +41,7 @@ from carvae.page.blocks import Section
 from carvae.page.expression import Expression, read_expression
 from carvae.page.facts import MARKERS, Facts, several
 from carvae.page.layout import lay_out
+from carvae.page.numbered import numbered
 from carvae.page.render import Head, render
 from carvae.respond import cells_of, predicted
 from carvae.response.cells import described_query
@@ -64,6 +67,9 @@ SECTIONS: tuple[Callable[[Facts], Section], ...] = (
 SETTINGS = ("counts", "sample", "min_overlap", "min_counts")
 """Of the annotation, that tell how the file is read again."""
 NO_MODEL = "No outcome is said, since the report was made without the model; give --model BUNDLE to carvae report."
+NAMELESS = "carvae report annotated.h5ad --out report.html report.names=false"
+"""The command that a page without names gives for writing it again."""
+NO_OUTCOME = "No outcome is said."
 NO_RESPONDER = (
     "No outcome is said, since this model has learned none; carvae train with respond.columns teaches it, where "
     "there are "
@@ -108,7 +114,7 @@ def run(
         The file was not annotated, or by another model; nothing is written then.
     """
     config, clones = config or ReportConfig(), clones or ClonesConfig()
-    _check_out(annotated, out)
+    refuse(annotated, out)
     cells = read_annotated(annotated, clones)
     cells.author(config.label)
     bundle = None if model is None else _bundle(model, cells)
@@ -117,7 +123,8 @@ def run(
     expression, why = _expression(cells, tuple(dict.fromkeys(genes)))
     if expression is not None and (absent := [gene for gene in config.genes if gene in expression.missing]):
         raise GeneError(f"report.genes names {absent[0]!r}, and {annotated} has no such gene")
-    training = None if bundle is None or bundle.trust is None else bundle.trust.reference.sample_MK
+    trust = None if bundle is None else bundle.trust
+    training = trust.reference.sample_MK if trust is not None and trust.decodes else None
     log.info("laying out %s", several(cells.n_cells, "cell"))
     layout = lay_out(cells, config.max_cells, training, seed)
     said, refused = _outcomes(cells, bundle, seed)
@@ -135,6 +142,7 @@ def run(
         outcomes=said,
         no_outcomes=refused,
     )
+    facts = facts if config.names else _without_names(facts)
     sections = []
     for write in SECTIONS:
         sections.append(write(facts))
@@ -146,7 +154,26 @@ def run(
     return out
 
 
-def _check_out(annotated: Path, out: Path) -> None:
+def _without_names(facts: Facts) -> Facts:
+    """The same, by numbers."""
+    without = numbered(facts.cells, facts.cells.author(facts.config.label))
+    said, refused = facts.outcomes, facts.no_outcomes
+    return replace(
+        facts,
+        cells=without.cells,
+        clones=ClonesConfig(top=facts.clones.top),
+        command=NAMELESS,
+        outcomes=None if said is None else without.outcomes(said),
+        no_outcomes=refused if refused in {"", NO_MODEL, NO_RESPONDER} else NO_OUTCOME,
+    )
+
+
+def refuse(annotated: Path, out: Path) -> None:
+    """Raise what `run` refuses before it looks at the annotated file, which need not be there yet."""
+    if annotated.name.endswith(TABLES):
+        raise ReadError(
+            f"{annotated} is a table of cells without counts; annotate with --out A.h5ad and report on that"
+        )
     if not out.name.endswith((".html", ".htm")):
         raise ConfigError(f"--out {str(out)!r} is no page; end it in .html")
     if out.is_dir():
@@ -171,8 +198,10 @@ def _expression(cells: Annotated, genes: tuple[str, ...]) -> tuple[Expression | 
     try:
         return read_expression(cells.path, str(cells.settings.get("counts", "auto")), genes), ""
     except CountsError:
-        where = f"{cells.path.name} holds no raw counts any more"
-        return None, f"{where}, so no gene can be shown; report on the file as carvae annotate wrote it."
+        return None, (
+            "The file holds no raw counts any more, so no gene can be shown; report on the file as carvae annotate "
+            "wrote it."
+        )
 
 
 def _outcomes(cells: Annotated, bundle: Bundle | None, seed: int) -> tuple[pd.DataFrame | None, str]:

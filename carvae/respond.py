@@ -66,6 +66,8 @@ def refuse(bundle: Bundle, out: Path) -> None:
     """Raise what `run` would raise before it looks at the query."""
     if not out.name.endswith((".csv", ".csv.gz")):
         raise ConfigError(f"--out {str(out)!r} is no table; end it in .csv or .csv.gz")
+    if bundle.responder is None:
+        bundle.refuse_without_decoder("predicting outcomes")
     if bundle.responder is None or bundle.tree is None:
         raise BundleError(
             "this model predicts no outcomes; train one with `respond.columns: {outcome: response}` in the config of "

@@ -20,3 +20,6 @@ class ReportConfig(Section):
     """Marker genes in groups: packaged name, or path to a YAML file in the format of the signatures."""
     genes: tuple[str, ...] = ()
     """Further genes by which the map can be coloured."""
+    names: bool = True
+    """Whether samples, patients, clones, cells and files are called by their names. false numbers them, and leaves out
+    paths and commands: for a page that is given away."""

@@ -18,7 +18,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +39,15 @@ from carvae.ingest import run as ingest
 from carvae.ingest import store_path, work_folder
 from carvae.labels.signatures import Signatures
 from carvae.model import processes
-from carvae.model.bundle import Bundle, Provenance, leaf_parts
+from carvae.model.bundle import Bundle, Provenance, leaf_parts, libraries
 from carvae.model.bundle_files import check_place
 from carvae.model.card import write_card
 from carvae.model.cohort import Cohort
 from carvae.model.gene_view import fit_gene_view
 from carvae.model.held_out import held_out_metrics
+from carvae.model.membership import Faced, face, membership
 from carvae.model.network import Network
+from carvae.model.novelty import Reference
 from carvae.model.objective import STEPS_PER_CALL, Objective
 from carvae.model.responder import Responder
 from carvae.model.response import HeadSettings
@@ -141,7 +142,7 @@ def _run(config: Config) -> Path:
     for axis, score in metrics.get("held_out", {}).items():
         macro_f1 = f", macro-F1 {score['macro_f1']:.3f}" if len(score["recall"]) > 1 else ""
         log.info("held-out patients, %s: accuracy %.3f%s", axis, score["accuracy"], macro_f1)
-    witnesses = _witnesses(cohort, config, work)
+    witnesses, faced = _witnesses(cohort, config, work)
     known = split.train
     if config.train.refit and split.validation.size:
         everyone = np.arange(len(cohort.obs), dtype=np.int64)
@@ -154,11 +155,7 @@ def _run(config: Config) -> Path:
         bundle = _bundle(result.network, cohort, config, metrics)
         if witnesses:
             reference = reference_of(result.network, cohort, known, config.ingest.identity_genes)
-            bundle.trust = learn(witnesses, reference, config.train.unknown_rate)
-            metrics["trust"] = measure(witnesses, config.train.unknown_rate)
-            if bundle.trust is not None and bundle.tree is not None:
-                leaves = {axis.name: axis.leaves for axis in bundle.tree.axes}
-                metrics["composition"] = usual_shares(witnesses, bundle.trust, leaves)
+            _judge(bundle, witnesses, faced, reference, config)
         if OUTCOME in config.respond.columns:
             bundle.responder = _responder(bundle, cohort, config)
         bundle.card = write_card(bundle)
@@ -169,25 +166,38 @@ def _run(config: Config) -> Path:
     return config.output
 
 
-def _witnesses(cohort: Cohort, config: Config, work: Path) -> list[Witness]:
+def _judge(bundle: Bundle, witnesses: list[Witness], faced: list[Faced], reference: Reference, config: Config) -> None:
+    """What held-out patients teach of the model's errors, and of what it tells of its training patients."""
+    bundle.trust = learn(witnesses, reference, config.train.unknown_rate)
+    bundle.metrics["trust"] = measure(witnesses, config.train.unknown_rate)
+    if bundle.trust is not None and bundle.tree is not None:
+        bundle.metrics["membership"] = membership(faced, bundle.trust, np.random.default_rng((config.seed, 6)))
+        leaves = {axis.name: axis.leaves for axis in bundle.tree.axes}
+        bundle.metrics["composition"] = usual_shares(witnesses, bundle.trust, leaves)
+
+
+def _witnesses(cohort: Cohort, config: Config, work: Path) -> tuple[list[Witness], list[Faced]]:
     """Networks beside cells that they did not see; none unless asked for, or without labels or patients to hold out.
 
+    Beside them, what the same networks say of all patients, seen and not.
     Whole studies are held out where several have labels: a query is of another study, which is stranger than a patient.
     """
     if cohort.tree is None or not config.train.calibration_folds:
-        return []
+        return [], []
     several = cohort.obs["study"][cohort.labelled_N].nunique() > 1
     unit = cohort.obs["study" if several else "patient"]
     folds = patient_folds(unit, cohort.labelled_N, config.train.calibration_folds)
     if len(folds) == 1:
-        return []
+        return [], []
     rng, identity = np.random.default_rng((config.seed, 5)), config.ingest.identity_genes
-    found = []
+    found, faced = [], []
     for k, fold in enumerate(folds):
         log.info("training without group %d of %d, to learn how sure labels are", k + 1, len(folds))
         result = fit(cohort, PatientSplit(fold.train, fold.train[:0], ()), config, work / f"fold{k}")
         found.append(witness(result.network, cohort, fold, identity, rng))
-    return found
+        own = np.random.default_rng((config.seed, 7, k))
+        faced.append(face(result.network, cohort, fold, found[-1].reference, own))
+    return found, faced
 
 
 def _check_outcomes(cohort: Cohort, config: Config) -> None:
@@ -306,7 +316,7 @@ def _bundle(network: Network, cohort: Cohort, config: Config, metrics: dict[str,
         n_patients=int(cohort.obs["patient"].nunique()),
         n_studies=int(cohort.obs["study"].nunique()),
         weak_labels=cohort.weak,
-        libraries={name: version(name) for name in ("torch", "scvi-tools", "anndata", "lightning", "numpy")},
+        libraries=libraries(),
     )
     return Bundle(
         network=network,

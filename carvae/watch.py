@@ -28,6 +28,8 @@ UNLABELLED = "unlabelled"
 class Watch:
     """Draws the map of some cells, always the same ones: of the held-out patients where there are any.
 
+    Studies are numbered, as in all that may go to W&B: their names are not for everyone.
+
     Parameters
     ----------
     folder
@@ -39,7 +41,7 @@ class Watch:
         chosen = np.random.default_rng((config.seed, 71)).permutation(rows)[:MOST]
         self.rows = np.sort(chosen)
         self.network, self.cohort, self.config, self.folder = network, cohort, config, folder
-        self.study = cohort.obs["study"].astype(str).iloc[self.rows]
+        self.study = [f"study {number}" for number in cohort.study_N[self.rows] + 1]
         self.state = self._state()
 
     def _state(self) -> list[str] | None:
@@ -64,7 +66,7 @@ class Watch:
             plot_umap(
                 coordinates, self.state, f"Epoch {epoch}: state by author", self.cohort.tree.axes[0].leaves, axes[0]
             )
-        plot_umap(coordinates, list(self.study), f"Epoch {epoch}: study", ax=axes[-1])
+        plot_umap(coordinates, self.study, f"Epoch {epoch}: study, in the order of the config", ax=axes[-1])
         self.folder.mkdir(parents=True, exist_ok=True)
         return save(axes[0], self.folder / f"map_{epoch}.png")
 

@@ -96,11 +96,11 @@ def state_held_out(cohort: Cohort, fold: PatientSplit, state: str, settings: Set
     network = fit(poorer, PatientSplit(rows, rows[:0], ()), config, settings.out / "fit").network
     label = author_labels(cohort)
     query, taught = fold.validation[label[fold.validation] != ""], rows[label[rows] != ""]
-    counts = cohort.counts.rows(torch.from_numpy(query)).to_scipy()
+    counts = cohort.store.counts(query)
     present = np.ones(counts.shape[1], np.bool_)
     reference = reference_of(network, poorer, rows, config.ingest.identity_genes)
     found = views(observe(network, counts, present), reference, counts, present)
-    peers = peer_scores(cohort.counts.rows(torch.from_numpy(taught)).to_scipy(), label[taught], counts)
+    peers = peer_scores(cohort.store.counts(taught), label[taught], counts)
     table = pd.DataFrame(found, columns=list(VIEWS)).assign(**peers, counts=counts.sum(1), new=label[query] == state)
     table.to_csv(path.with_suffix(".partial"), index=False)
     path.with_suffix(".partial").replace(path)
@@ -112,7 +112,7 @@ def with_all_states(cohort: Cohort, fold: PatientSplit, settings: Settings, plac
     rows = fold.train
     if place.exists():
         model = settings.config.model
-        network = Network(cohort.counts.n_genes, cohort.n_categories, leaf_parts(cohort.tree, model), model)
+        network = Network(len(cohort.store.header.genes), cohort.n_categories, leaf_parts(cohort.tree, model), model)
         network.load_state_dict(torch.load(place, weights_only=True))
     else:
         network = fit(cohort, PatientSplit(rows, rows[:0], ()), settings.config, settings.out / "fit").network
@@ -142,7 +142,7 @@ def foreign_cells(path: Path, genes: tuple[str, ...]) -> tuple[sp.csr_matrix, ND
     adata = ad.read_h5ad(path)
     kind = adata.obs["cell_type"].astype(str).to_numpy(dtype=str)
     alignment = align(GeneTable.default().resolve(tuple(adata.var_names), None), genes)
-    counts = (sp.csr_matrix(adata.X) @ alignment.matrix).tocsr()
+    counts = alignment.apply(sp.csr_matrix(adata.X))
     labelled = kind != "Unlabelled"
     return counts[labelled], np.asarray(alignment.present), kind[labelled]
 

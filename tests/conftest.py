@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
@@ -21,7 +22,11 @@ if not Path("/proc/driver/nvidia/version").exists():
 settings.register_profile("carvae", deadline=None, derandomize=True)
 settings.load_profile("carvae")
 
-from trained import World, build_world  # noqa: E402 - it imports nothing heavy, but the variables come first
+from trained import World, build_world, carvae, write_config  # noqa: E402 - it is light, but the variables come first
+from trained import settings as settings_of  # noqa: E402
+
+if TYPE_CHECKING:
+    from carvae.model.bundle import Bundle
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -36,3 +41,21 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """Simulated studies and a model trained on them (see ``trained.py``)."""
     return build_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def sure(world: World, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A model that learned how sure it is, each study held out in turn; none of the tests changes it."""
+    from carvae.model.bundle import load
+
+    folder = tmp_path_factory.mktemp("sure")
+    config = settings_of(world.folder, folder / "model", train={"calibration_folds": 2})
+    answer = carvae("train", write_config(folder / "config.yaml", config))
+    assert answer.code == 0, answer.err
+    return load(folder / "model")
+
+
+@pytest.fixture
+def sure_folder(sure: Bundle, tmp_path: Path) -> Path:
+    """The same as a folder."""
+    return sure.save(tmp_path / "sure")

@@ -15,6 +15,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -233,8 +234,8 @@ def browser() -> Iterator[Any]:
         chromium.close()
 
 
-@pytest.fixture
-def user(browser: Any, served: Served) -> Iterator[Any]:
+@contextmanager
+def at_the_page(browser: Any, served: Served) -> Iterator[Any]:
     """A browser of its own, with the page open; what its scripts complain of is a failure."""
     context = browser.new_context(viewport={"width": 1000, "height": 800}, accept_downloads=True)
     context.set_default_timeout(PATIENCE_S * 1000)
@@ -247,6 +248,12 @@ def user(browser: Any, served: Served) -> Iterator[Any]:
     yield page
     context.close()
     assert not faults
+
+
+@pytest.fixture
+def user(browser: Any, served: Served) -> Iterator[Any]:
+    with at_the_page(browser, served) as page:
+        yield page
 
 
 def give(page: Any, path: Path) -> None:
@@ -320,6 +327,25 @@ def test_a_reload_loses_nothing_cancel_ends_it_and_it_can_be_removed(user: Any, 
     user.wait_for_selector(".job", state="detached")
     user.goto(address)
     assert "no such job" in alert(user)
+
+
+def test_two_users_at_once_see_each_their_own(browser: Any, served: Served, world: World, tmp_path: Path) -> None:
+    half = world.query.n_obs // 2
+    parts = {"first.h5ad": world.query[:half], "second.h5ad": world.query[half:]}
+    for name, cells in parts.items():
+        cells.write_h5ad(tmp_path / name)
+    with at_the_page(browser, served) as first, at_the_page(browser, served) as second:
+        for page, name in zip((first, second), parts, strict=True):
+            give(page, tmp_path / name)
+        for page, (name, cells), other in zip((first, second), parts.items(), reversed(parts), strict=True):
+            page.wait_for_selector(".chip.ready")
+            assert name in page.inner_text("main")
+            assert page.get_by_role("button", name=f"Label {cells.n_obs} cells").is_visible()
+            page.get_by_role("link", name="All samples").click()
+            page.wait_for_selector(".job")
+            assert other not in page.inner_text("main")
+            page.get_by_role("button", name=f"Remove {name}").click()
+            page.wait_for_selector(".job", state="detached")
 
 
 def test_wrong_and_large_files_are_refused_before_they_are_sent(user: Any, tmp_path: Path) -> None:

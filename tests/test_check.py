@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import anndata as ad
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 from trained import World, carvae, settings, sha256, write_config
 
-from carvae.check import of_config, of_query
+from carvae.check import FORWARD, MAX_CELLS, Pace, Work, of_config, of_query
 from carvae.config import Config
 from carvae.model.bundle import load
 from carvae.model.cell_clones import Asked
@@ -84,9 +86,32 @@ def test_a_config_is_read_as_training_would(world: World, tmp_path: Path) -> Non
     assert states["of_several_states"] > 50
     assert facts["steps"] >= 150
     assert facts["networks"] == 1
+    assert facts["seconds"] > facts["reading_seconds"]
+    assert facts["step_seconds"] > 0
     assert [p.name for p in tmp_path.iterdir()] == ["c.yaml"]
     text = carvae("check", path, "train.calibration_folds=3").out
     assert "for 4 networks" in text
+    assert re.search(r"time +at most about \d+ (s|minutes) \(\d+ s of it to read the studies\)", text)
+
+
+def test_time_grows_with_the_work() -> None:
+    pace = Pace(step=0.1, besides=1.0, n_labelled=100)
+    one = Work(n_cells=1000, n_labelled=100, epochs=10, batches=8, networks=1)
+    assert pace.of(one, 128) == pytest.approx(10 * 8 * 0.1 + 1.0)
+    two = pace.of(replace(one, networks=2), 128)  # one is watched on patients that are held out
+    assert two == pytest.approx(2 * 9.0 + FORWARD * 0.1 / 128 * 10 * 1000)
+    assert pace.of(replace(one, networks=3), 128) > two + 9.0, "held-out cells are looked at again and again"
+    assert pace.of(replace(one, n_labelled=10**9), 128) == pytest.approx(8.0 + MAX_CELLS / 100)
+
+
+def test_time_that_cannot_be_foretold_is_no_refusal(world: World, tmp_path: Path) -> None:
+    path = write_config(tmp_path / "c.yaml", settings(world.folder, tmp_path / "m"))
+    answer = carvae("check", path, "train.devices=2")
+    assert answer.code == 0
+    assert "not foretold, since several processes would share the work" in answer.out
+    answer = carvae("check", path, "train.lr=1e30")
+    assert answer.code == 0
+    assert "not foretold, since a try on 8 minibatches failed (the loss is not finite" in answer.out
 
 
 def test_a_label_that_the_mapping_does_not_know_is_refused(world: World, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,25 @@ def test_a_second_run_says_the_same(written: Path, tmp_path: Path) -> None:
     run(written / "cells.csv.gz", tmp_path / "again", ClonesConfig(depth=40), seed=3)
     for name in TABLES:
         assert (tmp_path / "again" / name).read_bytes() == (written / "out" / name).read_bytes()
+
+
+def test_what_would_be_followed_is_said_and_what_was_is_told_to_programs(
+    written: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    query, out = written / "cells.csv.gz", tmp_path / "out"
+    dry = carvae("clones", query, "--out", out, "--dry-run", "--json")
+    assert json.loads(dry.out)["followed"] == ["p1", "p2"]
+    assert json.loads(dry.out)["timepoints"] == ["product", "D28", "M6"]
+    said = carvae("clones", query, "--out", out, "--dry-run").out
+    assert said.startswith("900 cells of 2 patients, ")
+    assert not out.exists()
+    answer = carvae("clones", query, "--out", out, "clones.depth=40", "--seed", 3, "--json")
+    told = json.loads(answer.out)
+    assert (answer.code, told["verb"], told["seed"]) == (0, "clones", 3)
+    assert sorted(told["written"]) == sorted(map(str, out.iterdir()))
+    assert [row["timepoint"] for row in told["rows"]] == ["product", "D28", "M6"] * 2
+    assert (out / "samples.csv").read_bytes() == (written / "out" / "samples.csv").read_bytes()
+    assert said.strip() in caplog.text, "a run begins with what --dry-run says"
 
 
 def test_months_that_were_annotated_one_by_one_are_put_together(
@@ -141,6 +161,6 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         assert answer.code == 1
         assert words in answer.err
     answer = carvae("clones", tmp_path / "x.csv", "--out", tmp_path / "x.rds")
-    assert "is a file; clones writes tables and pictures into a folder" in answer.err
+    assert "is a file; clones writes its tables and pictures into a folder" in answer.err
     answer = carvae("clones", tmp_path / "x.csv", "--out", tmp_path / "out", "predict.root=auto")
     assert "changes nothing here; this verb reads clones.* and seed alone" in answer.err

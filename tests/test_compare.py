@@ -65,6 +65,13 @@ def test_one_sample_a_side_speaks_for_its_cells(tmp_path: Path) -> None:
     assert row["difference_low"] < row["difference"] < row["difference_high"]
     assert (row["interval_over"], found.loc["mean score_memory", "interval_over"]) == ("cells", "none")
     assert np.isnan(found.loc["mean score_memory", "a_low"])
+    ends = {"low__mean__score_memory": 0.1, "high__mean__score_memory": 0.9}
+    for path in (a, b):  # as tables have it that say how far the mean may be off
+        table(path, 1, seed=path == b, **ends, mean_confidence_low=0.69, mean_confidence_high=0.81)
+    _, found, _ = compared(a, b, tmp_path / "out")
+    for figure in ("mean score_memory", "mean_confidence"):
+        assert found.loc[figure, "interval_over"] == "cells"
+        assert found.loc[figure, "difference_low"] < found.loc[figure, "difference"]
     assert found.loc["fraction LAG3+", "interval_over"] == "cells"
     assert found["p"].isna().all()
     assert "say nothing of other patients" in metrics["notes"][0]
@@ -144,7 +151,9 @@ def test_clones_at_other_depths_are_not_compared(tmp_path: Path) -> None:
     _, found, metrics = compared(a, b, tmp_path / "out")
     assert "clone_gini_at_depth" not in found.index
     assert found.loc["clone_gini", "interval_over"] == "none"
-    assert any("(50, 100)" in note for note in metrics["notes"])
+    assert found.loc["clone_gini", ["a", "b"]].tolist() == [0.5, 0.5]
+    assert np.isnan(found.loc["clone_gini", "difference"]), "plain figures grow with the cells counted"
+    assert any("(50, 100)" in note and "no difference is told" in note for note in metrics["notes"])
 
 
 def test_a_figure_that_one_side_lacks_is_empty_and_another_state_is_refused(tmp_path: Path) -> None:

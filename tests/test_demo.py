@@ -99,7 +99,7 @@ def test_composition_has_called_and_planted_in_neighbouring_rows() -> None:
 
 def test_a_file_where_the_folder_should_be_is_refused(tmp_path: Path) -> None:
     (tmp_path / "demo").write_text("mine", encoding="utf-8")
-    with pytest.raises(ConfigError, match="is a file; name a folder"):
+    with pytest.raises(ConfigError, match="is a file; demo writes its tables"):
         demo.run(tmp_path / "demo")
     assert (tmp_path / "demo").read_text(encoding="utf-8") == "mine"
 
@@ -137,7 +137,9 @@ def test_the_demo_writes_its_page_and_can_run_again(
     assert len(query.obs) == 120
     assert f"{query.accuracy:.1%}" in written
     steps = [record.getMessage() for record in caplog.records if record.name == "carvae.demo"]
-    assert [step[:5] for step in steps[:5]] == [f"[{i}/5]" for i in range(1, 6)]
+    assert [step[:5] for step in steps[:6]] == [f"[{i}/6]" for i in range(1, 7)]
+    assert f'href="{demo.REPORT}"' in written
+    assert "carvae report" in (out / demo.REPORT).read_text(encoding="utf-8")
     assert f"accuracy {query.accuracy:.3f}, macro-F1 {query.macro_f1:.3f}" in steps[-1]
     listed = {path.name for path in out.iterdir()}
     table = {"studies", "model", "model.work", *(f"{demo.QUERY}_annotated.{end}" for end in demo.ENDINGS)}

@@ -49,6 +49,19 @@ def test_the_hub_reads_the_fields() -> None:
         assert card.text.rstrip().endswith("# card")
 
 
+@pytest.mark.parametrize(("said", "nearest"), [("cc-by-4", "cc-by-4.0"), ("GPL-3.0-only", "gpl-3.0"), ("MITT", "mit")])
+def test_a_licence_that_the_hub_does_not_know_is_refused_with_the_nearest(
+    tmp_path: Path, said: str, nearest: str
+) -> None:
+    model = tiny_bundle(None).save(tmp_path / "model")
+    answer = carvae("hub", "export", model, "--out", tmp_path / "repo", "--licence", said)
+    assert answer.code == 1
+    assert f"{said.lower()!r} is none that Hugging Face knows; the nearest is {nearest!r}" in answer.err
+    assert not (tmp_path / "repo").exists()
+    repo = to_folder(model, tmp_path / "repo", "CC-BY-4.0", "m")  # as SPDX writes it
+    assert "license: cc-by-4.0\n" in (repo / "README.md").read_text(encoding="utf-8")
+
+
 def test_what_is_no_whole_model_is_refused(tmp_path: Path) -> None:
     model = tiny_bundle(None).save(tmp_path / "model")
     repo = to_folder(model, tmp_path / "repo", "mit", "m")

@@ -44,6 +44,27 @@ def test_flags_are_settings_and_the_summary_is_one_line_of_json(world: World, tm
     assert not any(column.startswith("X_carvae") for column in cells)
 
 
+def test_a_labelled_map_takes_one_command(world: World, tmp_path: Path) -> None:
+    out, page = tmp_path / "A.h5ad", tmp_path / "A.html"
+    ask = ("annotate", world.query_path, "--model", world.bundle, "--report", page)
+    for wrong, words in (
+        (("--out", tmp_path / "A.csv"), "is a table of cells without counts"),
+        (("--out", out, "--report", tmp_path / "A.pdf"), "is no page; end it in .html"),
+    ):
+        for more in ((), ("--dry-run",)):
+            answer = carvae(*ask, *wrong, *more)
+            assert answer.code == 1
+            assert words in answer.err
+            assert not list(tmp_path.iterdir()), "refused before any cell is labelled"
+    answer = carvae(*ask, "--out", out, "--json", "report.max_cells=100")
+    assert answer.code == 0, answer.err
+    assert json.loads(answer.out)["written"][-1] == str(page)
+    later = ("report", out, "--model", world.bundle, "--out", tmp_path / "B.html")
+    assert carvae(*later, "report.max_cells=100").code == 0
+    again = (tmp_path / "B.html").read_text(encoding="utf-8")
+    assert len(page.read_text(encoding="utf-8")) == pytest.approx(len(again), rel=0.01)
+
+
 def test_a_device_that_is_not_there_is_said(world: World, tmp_path: Path) -> None:
     answer = carvae(
         "embed", world.query_path, "--model", world.bundle, "--out", tmp_path / "A.csv", "--device", "cuda:99"

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+from scipy import stats
 from test_clonotypes import barcode, contigs
 from tiny import GENES, counts_of, tiny_bundle
 
@@ -111,6 +112,11 @@ def test_the_table_of_samples_says_of_each_what_is_known(files: Path) -> None:
         assert (low < high).all()
         inside = table[f"fraction {state}"].between(low, high)
         assert (inside | table[f"fraction {state}"].isin([0, 1])).all()
+    cells = ad.read_h5ad(files / "A.h5ad").obs
+    used = cells[cells["carvae_state"] != "unknown"].groupby("sample", observed=True)["carvae_confidence"]
+    half = stats.t.ppf(0.975, used.count() - 1) * used.sem()
+    np.testing.assert_allclose(table["mean_confidence_low"], (used.mean() - half).clip(0), rtol=1e-3)
+    np.testing.assert_allclose(table["mean_confidence_high"], (used.mean() + half).clip(upper=1), rtol=1e-3)
     assert table["clone_cells"].tolist() == [32, 32, 0]
     assert table["clone_n"].tolist()[:2] == [4, 4]
     assert table["clone_shannon"].iloc[0] == pytest.approx(np.log(4), abs=1e-3)

@@ -13,7 +13,7 @@ from patients import patients_of, with_cells
 
 from carvae.data.patients import Patients, check_patients, read_patients
 from carvae.data.patients import patients_of as from_frame
-from carvae.errors import SchemaError
+from carvae.errors import ReadError, SchemaError
 from carvae.section_respond import RespondConfig
 
 FRAME = pd.DataFrame(
@@ -110,7 +110,7 @@ def test_rows_where_a_column_has_another_value_are_left_out(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["nowhere.csv", "."])
 def test_a_table_that_cannot_be_read_is_one_sentence(tmp_path: Path, name: str) -> None:
-    with pytest.raises(SchemaError, match=r"does not exist|cannot be read"):
+    with pytest.raises(ReadError, match=r"respond.table=.* does not exist|cannot be read"):
         read_patients(RespondConfig(table=tmp_path / name))
 
 

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 from anndata import AnnData
-from trained import World, carvae, settings, sha256, write_config
+from trained import World, sha256
 
 from carvae.config import PredictConfig, label_file
 from carvae.data.counts import Checked
@@ -84,16 +84,6 @@ def test_a_cell_with_too_few_counts_is_unknown_but_has_a_likeliest_state(world: 
     assert (result.obs["carvae_confidence"].to_numpy()[shallow] == 0).all()
     assert "unknown" not in set(result.obs["carvae_state_best"].astype(str))
     np.testing.assert_array_equal(result.obs["carvae_n_counts"], counts.sum(axis=1))
-
-
-@pytest.fixture(scope="module")
-def sure(world: World, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A model that learned how sure it is, each study held out in turn."""
-    folder = tmp_path_factory.mktemp("sure")
-    config = settings(world.folder, folder / "model", train={"calibration_folds": 2})
-    answer = carvae("train", write_config(folder / "config.yaml", config))
-    assert answer.code == 0, answer.err
-    return load(folder / "model")
 
 
 def test_strange_cells_are_unknown_and_keep_their_likeliest_state(world: World, sure: Bundle) -> None:

@@ -34,7 +34,7 @@ from carvae.page.blocks import Absent, Grid, Lights, Map, Picture, Section
 from carvae.page.downloads import harmless
 from carvae.page.facts import Facts
 from carvae.page.layout import KEEP, stratified
-from carvae.page.render import cell
+from carvae.page.render import ASSETS, cell
 from carvae.section_report import ReportConfig
 
 SCRIPT, FORMULA, DOLLARS = "<script>alert(1)</script>", '=HYPERLINK("http://x.y","z")', "$a_{$ </style>"
@@ -162,6 +162,9 @@ def test_the_policy_lets_this_script_and_style_run_and_nothing_reach_a_network(w
         digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
         assert rules[kind][0] == f"'sha256-{digest}'"
     assert "'unsafe-inline'" not in policy[1]
+    code = {page: (ASSETS / f"{page}.js").read_text(encoding="utf-8") for page in ("report", "app")}
+    writes = {page: re.findall(r"\beval\(|\bFunction\b[.(]\w*", text) for page, text in code.items()}
+    assert writes == {"report": ["Function.apply"], "app": []}, "regl alone writes code, and in the report alone"
 
 
 def test_equal_input_gives_an_equal_page(written: Written, world: World, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def test_training_samples_are_in_range_of_themselves() -> None:
     [
         (sample(unknown=0.97), 1.0, OUT_OF_RANGE, "97% of its cells are unknown"),
         (sample(unknown=0.13), 1.0, WITH_CARE, "13% of its cells are unknown"),
-        (sample(distance=3.5), 1.0, WITH_CARE, "3.5 from the nearest training sample"),
+        (sample(distance=3.5), 1.0, WITH_CARE, "3.5 from the training samples"),
         (
             sample(depth=200),
             1.0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import stat
 import subprocess
 import tempfile
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from carvae.data.readers import _sample_name, open_samples
 from carvae.errors import CarvaeError, ConfigError, ReadError
 from carvae.web.archive import unpack
 from carvae.web.job import Job, Jobs, State
@@ -21,6 +23,7 @@ from carvae.web.limits import GIB, MIB, Limits, bytes_of, size_text
 from carvae.web.names import is_litter, refuse_kind, safe_path, stem
 from carvae.web.script import repeat_script
 from carvae.web.task import Task
+from carvae.web.worker import _unpacked
 
 SMALL = Limits(max_upload=4 * MIB, unpacked_factor=2, max_files=20)
 
@@ -228,7 +231,7 @@ def test_a_job_lies_in_a_folder_of_its_own_under_names_of_our_own(jobs: Jobs) ->
     job = jobs.add("me", "model", [("<b>P07</b>.h5ad", 10)])
     assert job.name == "b>.h5ad"
     assert [p.stat().st_mode & 0o777 for p in (job.folder, job.query.parent)] == [0o700, 0o700]
-    assert job.query == job.uploads[0].target
+    assert job.query == job.uploads[0].target.parent  # a slash makes a folder
     assert job.query.is_relative_to(jobs.root)
     assert jobs.by_id[job.id] is job
     assert len(job.id) >= 32
@@ -245,7 +248,7 @@ def test_where_files_of_several_kinds_go(jobs: Jobs) -> None:
     assert geo.name == "GSM12_P07"
     folder = jobs.add("me", "model", [(f"run/{s}/{name}", 5) for s in "ab" for name, _ in trio])
     assert folder.query.name == "run"
-    assert folder.uploads[0].target == folder.query / "run" / "a" / "matrix.mtx.gz"
+    assert folder.uploads[0].target == folder.query / "a" / "matrix.mtx.gz"
     packed = jobs.add("me", "model", [("P07.zip", 5)])
     assert (packed.query.name, packed.archive) == ("P07", packed.uploads[0].target)
     demo = jobs.add("me", "model", [])
@@ -312,55 +315,123 @@ def test_what_was_uploaded_goes_when_a_job_ends(jobs: Jobs) -> None:
 # --- the script ---
 
 
-def task(hashes: dict[str, str], stem_: str = "P07") -> Task:
+def task(job: Job, hashes: dict[str, str]) -> Task:
     return Task(
         "run",
-        "/q",
-        "",
-        not hashes,
+        str(job.query),
+        str(job.archive or ""),
+        job.demo,
         "/models/my model",
-        "/r",
-        stem_,
-        "P07",
+        str(job.folder / "result"),
+        job.stem,
+        job.name,
         hashes,
         {"predict": {"min_counts": 30}, "seed": 1},
         SMALL,
     )
 
 
+def hashes_of(folder: Path, names: list[str]) -> dict[str, str]:
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+
+
+def run_script(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
+    """Run it with a carvae that says what it was asked."""
+    (folder / "bin").mkdir(exist_ok=True)
+    (folder / "bin" / "carvae").write_text('#!/bin/sh\nfor a in "$@"; do printf "[%s]" "$a"; done\necho\n')
+    (folder / "bin" / "carvae").chmod(0o755)
+    (folder / "repeat.sh").write_text(script)
+    path = {"PATH": f"{folder / 'bin'}:/usr/bin:/bin"}
+    return subprocess.run(["sh", "repeat.sh"], cwd=folder, env=path, capture_output=True, text=True, check=False)
+
+
 @pytest.mark.parametrize("names", [["P 07's.h5ad"], ["P07.zip"], ["matrix.mtx", "features.tsv", "barcodes.tsv"], []])
-def test_the_script_gives_the_command_line_what_the_page_was_given(tmp_path: Path, names: list[str]) -> None:
+def test_the_script_gives_the_command_line_what_the_page_was_given(jobs: Jobs, names: list[str]) -> None:
+    here = jobs.root / "here"
+    here.mkdir()
     for name in names:
-        (tmp_path / name).write_bytes(name.encode())
+        (here / name).write_bytes(name.encode())
         if name.endswith(".zip"):
-            zipped(tmp_path / name, {"matrix.mtx": b"m"})
-    script = repeat_script(task({n: hashlib.sha256((tmp_path / n).read_bytes()).hexdigest() for n in names}))
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "carvae").write_text('#!/bin/sh\nfor a in "$@"; do printf "[%s]" "$a"; done\necho\n')
-    (tmp_path / "bin" / "carvae").chmod(0o755)
-    (tmp_path / "repeat.sh").write_text(script)
-
-    def run() -> subprocess.CompletedProcess[str]:
-        path = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"}
-        return subprocess.run(["sh", "repeat.sh"], cwd=tmp_path, env=path, capture_output=True, text=True, check=False)
-
-    done = run()
+            zipped(here / name, {"matrix.mtx": b"m"})
+    job = jobs.add("me", "model", [(name, 10) for name in names])
+    script = repeat_script(task(job, hashes_of(here, names)))
+    done = run_script(here, script)
     assert done.returncode == 0, done.stderr
-    query = "P07_carvae.h5ad" if not names else names[0] if names[0].endswith(".h5ad") else "P07"
+    folder = f"{job.stem}_query/{job.stem}"
+    query = "demo_carvae.h5ad" if not names else names[0] if names[0].endswith(".h5ad") else folder
     annotated, report = [line for line in done.stdout.splitlines() if line.startswith("[")]
+    again = f"{job.stem}_again.h5ad"
     assert annotated == (
-        f"[annotate][{query}][--model][/models/my model][--out][P07_again.h5ad][predict.min_counts=30][seed=1]"
+        f"[annotate][{query}][--model][/models/my model][--out][{again}][predict.min_counts=30][seed=1]"
     )
-    assert report == "[report][P07_again.h5ad][--model][/models/my model][--out][P07_report_again.html]"
-    if names and query == "P07":
-        assert (tmp_path / "P07" / "matrix.mtx").exists()
+    assert report == f"[report][{again}][--model][/models/my model][--out][{job.stem}_report_again.html]"
+    if names and query == folder:
+        assert (here / folder / "matrix.mtx").exists()
     for name in names:
-        (tmp_path / name).write_bytes(b"another")
-        assert run().returncode != 0, "a changed file must stop the script"
+        (here / name).write_bytes(b"another")
+        assert run_script(here, script).returncode != 0, "a changed file must stop the script"
+
+
+RANGER = "filtered_feature_bc_matrix"
+TRIO = {
+    "matrix.mtx": b"%%MatrixMarket matrix coordinate integer general\n2 2 2\n1 1 5\n2 2 7\n",
+    "features.tsv": b"ENSG00000167286\tCD3D\tGene Expression\nENSG00000010610\tCD4\tGene Expression\n",
+    "barcodes.tsv": b"AAACCTGAGAAACCAT-1\nAAACCTGAGAAACCGC-1\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("given", "packed", "samples"),
+    [
+        ([""], "", ["sample"]),
+        ([f"{RANGER}/"], "", ["sample"]),
+        (["P07/"], "", ["P07"]),
+        ([f"P07/outs/{RANGER}/"], "", ["P07"]),
+        (["cohort/P07/", "cohort/P08/"], "", ["P07", "P08"]),
+        ([f"{RANGER}/"], f"{RANGER}.zip", [f"{RANGER}.zip"]),
+        ([f"{RANGER}/"], "P07.zip", ["P07"]),
+        (["study/P07/", "study/P08/"], "all.zip", ["P07", "P08"]),
+    ],
+)
+def test_a_sample_is_called_the_same_by_the_page_and_by_the_script(
+    jobs: Jobs, given: list[str], packed: str, samples: list[str]
+) -> None:
+    here = jobs.root / "here"
+    files = {f"{place}{name}": content for place in given for name, content in TRIO.items()}
+    if packed:
+        here.mkdir()
+        files = {packed: zipped(here / packed, files).read_bytes()}
+    job = jobs.add("me", "model", [(name, len(content)) for name, content in files.items()])
+    for upload, (name, content) in zip(job.uploads, files.items(), strict=True):
+        for place in (upload.target, here / name):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(content)
+    if packed:
+        job.query = _unpacked(task(job, {}), lambda _: None)
+    done = run_script(here, repeat_script(task(job, hashes_of(here, list(files)))))
+    assert done.returncode == 0, done.stderr
+    again = re.search(r"\[annotate\]\[(.*?)\]", done.stdout)
+    assert again is not None
+    for query in (job.query, here / again[1]):
+        parts = open_samples(query)
+        assert sorted(part.name for part in parts) == samples
+
+
+@pytest.mark.parametrize(
+    ("name", "called"), [("P07.h5", "P07"), (f"{RANGER}.h5", f"{RANGER}.h5"), (f"P07_{RANGER}.h5", "P07")]
+)
+def test_a_file_by_cell_ranger_is_called_by_its_own_name_at_least(jobs: Jobs, name: str, called: str) -> None:
+    job = jobs.add("me", "model", [(name, 10)])
+    assert _sample_name(job.query, job.query) == called
+    script = repeat_script(task(job, {name: "0" * 64}))
+    assert (f"{RANGER}_query/{name}/{name}" in script) is (called == name)
 
 
 def test_a_name_in_the_script_is_never_a_command(tmp_path: Path) -> None:
-    script = repeat_script(task({"$(touch evil);'`touch evil`.h5ad": "0" * 64}, "x"))
-    (tmp_path / "repeat.sh").write_text(script)
-    subprocess.run(["sh", "repeat.sh"], cwd=tmp_path, capture_output=True, check=False)
-    assert [p.name for p in tmp_path.iterdir()] == ["repeat.sh"]
+    for name in ("$(touch evil);'`touch evil`.h5ad", "$(touch evil).zip"):
+        (tmp_path / "jobs").mkdir(exist_ok=True)
+        job = Jobs(tmp_path / "jobs", SMALL).add("me", "model", [(name, 10)])
+        script = repeat_script(task(job, {name: "0" * 64}))
+        (tmp_path / "repeat.sh").write_text(script.replace("| same", ""))  # such that it goes on
+        subprocess.run(["sh", "repeat.sh"], cwd=tmp_path, capture_output=True, check=False)
+        assert not list(tmp_path.rglob("evil"))

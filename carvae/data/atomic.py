@@ -128,6 +128,12 @@ def _host() -> str:
     return re.sub(r"\W", "-", socket.gethostname())
 
 
+def refuse_file(out: Path, verb: str) -> None:
+    """Raise ConfigError where the folder that a verb writes is a file."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {str(out)!r} is a file; {verb} writes its tables and pictures into a folder")
+
+
 def clear(target: Path) -> None:
     """Remove what dead processes of this host left of ``target`` when they died."""
     target = Path(os.path.realpath(target))

@@ -12,7 +12,9 @@ TWELVE_COLOURS = (
     "#00C2F9", "#FFB2FD", "#A40122", "#E20134", "#FF6E3A", "#FFC33B",
 )  # fmt: skip
 GREY = "#B5B5B5"
-"""Of what has no state."""
+"""Of what has no state, and of lines that guide the eye."""
+DARK_GREY = "#333333"
+"""Of what others are compared with."""
 
 
 def colours(states: Sequence[str]) -> list[str]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from carvae.data.tables import read_table
 from carvae.errors import SchemaError, join_problems
 from carvae.section_respond import RespondConfig
 
@@ -132,18 +132,20 @@ def read_patients(config: RespondConfig) -> Patients:
 
     Raises
     ------
+    ReadError
+        A file is not there, or is no table.
     SchemaError
-        A file, column or word of the outcome is not there, or the table contradicts itself.
+        A column or word of the outcome is not there, or the table contradicts itself.
     """
     if config.table is None:
         raise SchemaError("respond.table names no file; give a CSV with one row per sample or patient")
-    return patients_of(_read(config.table), config)
+    return patients_of(read_table(config.table, "respond.table", _names(config)), config)
 
 
 def patients_of(frame: pd.DataFrame, config: RespondConfig) -> Patients:
     """Patients from a table of samples in memory, as `read_patients`; the clinical table is read where one is named."""
     if config.clinical is not None:
-        frame = _joined(frame, _read(config.clinical), config)
+        frame = _joined(frame, read_table(config.clinical, "respond.clinical", _names(config)), config)
     for column, wanted in config.where.items():
         frame = frame[_text(_column(frame, column, "respond.where")).isin([wanted])]
     if frame.empty:
@@ -181,6 +183,11 @@ def patients_of(frame: pd.DataFrame, config: RespondConfig) -> Patients:
     )
     check_patients(found)
     return found
+
+
+def _names(config: RespondConfig) -> set[str]:
+    """Columns with names of samples and patients."""
+    return {config.columns[name] for name in ("sample", "patient") if name in config.columns}
 
 
 def outcomes_of(
@@ -293,15 +300,6 @@ def _features(frame: pd.DataFrame, taken: set[str], config: RespondConfig) -> tu
     found = frame[list(wanted)].astype(float)
     empty = [str(c) for c in found if found[c].nunique() == 0]
     return found.drop(columns=empty), tuple(later)
-
-
-def _read(path: Path) -> pd.DataFrame:
-    try:
-        return pd.read_csv(path)
-    except FileNotFoundError:
-        raise SchemaError(f"the table {str(path)!r} does not exist; give the path of a CSV file") from None
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise SchemaError(f"{path} cannot be read as CSV: {' '.join(str(error).split())}") from None
 
 
 def _joined(frame: pd.DataFrame, clinical: pd.DataFrame, config: RespondConfig) -> pd.DataFrame:

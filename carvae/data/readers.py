@@ -367,6 +367,11 @@ def _sample_name(path: Path, root: Path) -> str:
     return next(above, stem)
 
 
+def names_a_sample(file: str) -> bool:
+    """Whether the name of a file or folder says whose cells it holds; Cell Ranger's own names do not."""
+    return _stem(file) not in {"", *PLAIN_NAMES}
+
+
 def _stem(file: str) -> str:
     for end in (".gz", ".h5ad", ".zarr", ".h5", "matrix.mtx"):
         file = file.removesuffix(end)

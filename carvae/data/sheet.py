@@ -7,7 +7,8 @@ from pathlib import Path
 import pandas as pd
 
 from carvae.data.schema import NAMES, inspect_obs, raise_problems
-from carvae.errors import ReadError, SchemaError
+from carvae.data.tables import read_table
+from carvae.errors import SchemaError
 
 SHOWN = 5
 
@@ -22,12 +23,7 @@ def read_sheet(path: Path) -> pd.DataFrame:
     SchemaError
         It names no sample, or one twice, or a column cannot be used.
     """
-    try:
-        table = pd.read_csv(path, sep="\t" if path.name.endswith((".tsv", ".tsv.gz")) else ",")
-    except FileNotFoundError:
-        raise ReadError(f"predict.sheet={path} does not exist") from None
-    except (OSError, ValueError) as error:
-        raise ReadError(f"{path} cannot be read as a table: {' '.join(str(error).split())}") from None
+    table = read_table(path, "predict.sheet")
     found = inspect_obs(table, "", {}, {}, require=())
     raise_problems(found.problems)
     if "sample" not in found.obs or found.obs["sample"].isna().any():

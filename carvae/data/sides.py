@@ -17,6 +17,7 @@ from carvae.data.composition import fraction_interval
 from carvae.data.contrast import Floats
 from carvae.data.diversity import SIZE_BINS
 from carvae.data.results import samples_path
+from carvae.data.tables import read_table
 from carvae.errors import ReadError, SchemaError, nearest
 
 NEEDED = ("sample", "n_cells", "n_cells_used")
@@ -135,17 +136,14 @@ def _tables(path: Path) -> list[Path]:
 
 
 def _read(path: Path) -> pd.DataFrame:
-    try:
-        table = pd.read_csv(path, dtype={"patient": str}, converters={"sample": str})  # a sample may be named NA
-    except (OSError, ValueError) as error:
-        raise ReadError(f"{path} cannot be read as a table: {' '.join(str(error).split())}") from None
+    table = read_table(path)
     if absent := [name for name in NEEDED if name not in table]:
         raise SchemaError(
             f"{path} is no table of samples as `carvae annotate` writes it beside its results: it has no column "
             f"{absent[0]!r}"
         )
-    if not table["sample"].map(str.strip).all():
-        raise SchemaError(f"{path} has rows without a sample; name each, or annotate again")
+    if not table["sample"].fillna("").astype(str).str.strip().all():
+        raise SchemaError(f"{path} has rows without a sample (NA counts as none); name each, or annotate again")
     for name in [name for name in map(str, table) if name in NEEDED[1:] or kind_of(name, table)]:
         if not pd.api.types.is_numeric_dtype(table[name]):
             raise SchemaError(f"{path}, column {name!r}, holds words where numbers are needed; annotate again")
@@ -198,6 +196,11 @@ def is_share(figure: str, kind: str) -> bool:
     return known or figure.removesuffix(AT_DEPTH) in of_clones
 
 
+def depths_of(a: Side, b: Side) -> list[float]:
+    """Cells to which clonal figures at equal depth were drawn."""
+    return sorted({float(depth) for side in (a, b) if DEPTH in side.table for depth in side.table[DEPTH].dropna()})
+
+
 def apart(a: Side, b: Side) -> tuple[Side, Side, list[str]]:
     """The sides such that they can be compared, and what was done for it.
 
@@ -209,12 +212,11 @@ def apart(a: Side, b: Side) -> tuple[Side, Side, list[str]]:
     if inside.sum() == len(b.table) < len(a.table):
         a = Side(a.name, a.table[~inside].reset_index(drop=True), a.unit_R[~inside])
         notes.append("the samples of B are in A too, and left out there: B is compared with the others")
-    depths = sorted({depth for side in (a, b) if DEPTH in side.table for depth in side.table[DEPTH].dropna()})
-    if len(depths) > 1:
+    if len(depths := depths_of(a, b)) > 1:
         said = ", ".join(f"{depth:g}" for depth in depths)
         notes.append(
-            f"clonal figures at equal depth were drawn at different depths ({said}) and are left out; annotate "
-            "both sides with the same clones.depth"
+            f"clonal figures at equal depth were drawn at different depths ({said}) and are left out; plain ones grow "
+            f"with the cells counted, so that no difference is told: annotate both sides with the same clones.depth"
         )
         a, b = (
             Side(s.name, s.table.drop(columns=[c for c in s.table if AT_DEPTH in str(c)]), s.unit_R) for s in (a, b)

@@ -177,9 +177,9 @@ class GeneSums:
         """The sums over some cells, a chunk at a time."""
         sum_G, square_G, library = (torch.zeros(n, dtype=torch.float64, device=device) for n in (n_genes, n_genes, 3))
         for counts in chunks:
-            gene_M, count_M, library_N = counts.gene_M.long(), counts.count_M.double(), counts.library_N().double()
-            sum_G.index_add_(0, gene_M, count_M)
-            square_G.index_add_(0, gene_M, count_M.square_())
+            count_M, library_N = counts.count_M.double(), counts.library_N().double()
+            sum_G += torch.bincount(counts.gene_M, count_M, n_genes)
+            square_G += torch.bincount(counts.gene_M, count_M.square_(), n_genes)
             library += torch.stack([torch.ones_like(library_N).sum(), library_N.sum(), library_N.square().sum()])
         return cls(sum_G, square_G, library)
 

@@ -10,13 +10,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from carvae.data.palette import DARK_GREY, EIGHT_COLOURS, GREY, TWELVE_COLOURS
 from carvae.evaluation.results import OWN
 
 NAMES = ("methods", "reliability", "confusion", "selective", "sweeps", "integration", "novelty")
 DESIGNS = ("patient", "study", "state", "reference")
 FILES = tuple(f"{design}_{name}.png" for design in DESIGNS for name in NAMES)
-COLOURS = ("#D55E00", "#333333", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00", "#9F0162")
-"""Okabe and Ito's, apart for colour-blind readers; the first is carvae's."""
+BLUE, ORANGE, GREEN, PINK, SKY, RED, _, _ = EIGHT_COLOURS
+COLOURS = (RED, DARK_GREY, BLUE, SKY, GREEN, PINK, ORANGE, TWELVE_COLOURS[0])
+"""Of the methods; the first is carvae's."""
 MARKS = ("o", "s", "^", "v", "D", "P", "X", "*")
 DARK = 0.55
 SWEEP_NAMES = {
@@ -64,7 +66,7 @@ def _methods(found: dict[str, Any]) -> Figure | None:
     ):
         for y, name in enumerate(order):
             value = methods[name][key]
-            colour = COLOURS[0] if name == OWN else "#333333"
+            colour = COLOURS[0] if name == OWN else DARK_GREY
             if value["low"] is not None:
                 ax.plot([value["low"], value["high"]], [y, y], color=colour, linewidth=1.5)
             ax.plot(value["value"], y, "o", color=colour, markersize=5)
@@ -81,8 +83,8 @@ def _reliability(found: dict[str, Any]) -> Figure | None:
         return None
     figure = Figure(figsize=(5.2, 5.4), layout="constrained")
     ax, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    ax.plot([0, 1], [0, 1], color="#999999", linestyle=":", label="as confident as right")
-    for when, colour, mark in (("before", "#333333", "s--"), ("after", COLOURS[0], "o-")):
+    ax.plot([0, 1], [0, 1], color=GREY, linestyle=":", label="as confident as right")
+    for when, colour, mark in (("before", DARK_GREY, "s--"), ("after", COLOURS[0], "o-")):
         rows = [row for row in methods[name]["reliability"] if row["calibration"] == when]
         if rows:
             key = "ece" if when == "after" else "ece_before"
@@ -128,7 +130,7 @@ def _selective(found: dict[str, Any]) -> Figure | None:
         curve = found["methods"][name]["selective_accuracy"]
         x, y = [float(c) for c in curve], [1 - a for a in curve.values()]
         ax.plot(x, y, color=colour, marker=mark, markersize=4, linewidth=2 if name == OWN else 1, label=name)
-    ax.axvline(0.8, color="#999999", linestyle=":", linewidth=1)
+    ax.axvline(0.8, color=GREY, linestyle=":", linewidth=1)
     ax.set(
         xlabel="coverage: share of the cells labelled, the surest first", ylabel="risk: share of these that is wrong"
     )
@@ -200,7 +202,7 @@ def _novelty(found: dict[str, Any]) -> Figure | None:
         values = [methods[name]["states"][state]["auroc"] for state in states]
         label = f"{name} (mean {methods[name]['mean_auroc']['value']:.2f})"
         ax.plot(values, range(len(states)), mark, color=colour, markersize=6, label=label)
-    ax.axvline(0.5, color="#999999", linestyle=":")
+    ax.axvline(0.5, color=GREY, linestyle=":")
     ax.set_yticks(range(len(states)), states)
     ax.set(xlabel="AUROC of novelty, the state held out", xlim=(0, 1.02))
     ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5))

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from carvae import __version__
 from carvae.config import Config
 from carvae.data.atomic import replacing_folder
+from carvae.data.palette import EIGHT_COLOURS
 from carvae.data.patients import Patients, read_patients
 from carvae.data.spreadsheet import write_table
 from carvae.errors import EvaluateError, LeakSuspected, nearest
@@ -30,7 +31,7 @@ from carvae.response.methods import Method, baselines
 
 log = logging.getLogger(__name__)
 
-OWN_COLOUR, OTHER, GREY = "#D55E00", "#0072B2", "#777777"
+OWN_COLOUR, OTHER, GREY = EIGHT_COLOURS[5], EIGHT_COLOURS[0], "#777777"
 
 
 def run(config: Config) -> Path:

@@ -129,7 +129,7 @@ class _Views:
     """The two views of a head on one label axis, their logits less the mean over the leaves."""
 
     def __init__(self, network: Network, axis: str) -> None:
-        self.network, self.device = network, network.vae.log_theta_G.device
+        self.network, self.device = network, network.vae.device
         self.classifier = network.head.axes[network.head.names.index(axis)]
 
     def weight(self, cells: CountsCSR) -> Tensor:

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,8 @@ from carvae.model.trust import PREFIX, Trust
 if TYPE_CHECKING:
     from anndata import AnnData
 
+DECODER = ("vae.decoder.", "vae.log_theta_G")
+"""Starts of the names of the decoder's weights."""
 TRIES = 100
 """How often a bundle is read again that was replaced while it was read."""
 
@@ -68,6 +71,11 @@ class Provenance:
     """Whether any label was derived from signatures."""
     libraries: dict[str, str]
     """Library -> version."""
+
+
+def libraries() -> dict[str, str]:
+    """Versions of the libraries that a result depends on."""
+    return {name: version(name) for name in ("torch", "scvi-tools", "anndata", "lightning", "numpy")}
 
 
 @dataclass(slots=True)
@@ -128,6 +136,19 @@ class Bundle:
         digests = [self.digest(covariate, str(value)) for value in values] if known else []
         row_V = [first + known.index(digest) if digest in known else -1 for digest in digests] or [-1] * len(values)
         return np.array(row_V, np.int64)[code_N]
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it has its decoder; `carvae export --share` takes that away."""
+        return self.network.vae.decodes
+
+    def refuse_without_decoder(self, what: str) -> None:
+        """Raise BundleError where ``what`` cannot be had since the model was shared without its decoder."""
+        if not self.decodes:
+            raise BundleError(
+                f"this model was shared without its decoder, which {what} needs; ask whoever trained it for the whole "
+                "model"
+            )
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -218,6 +239,7 @@ class Bundle:
             "tree": None if self.tree is None else self.tree.to_dict(),
             "signatures": self.signatures.to_dict(),
             "covariates": self.n_categories,
+            "decoder": self.decodes,
             "mapped": {name: list(digests) for name, digests in self.mapped.items()},
             "gene_policy": list(self.gene_policy),
             "provenance": asdict(self.provenance),
@@ -258,11 +280,10 @@ def _load(path: Path, device: str) -> Bundle:
         known = {name: weights.pop(name) for name in [*weights] if name.startswith(PREFIX)}
         told = {name: weights.pop(name) for name in [*weights] if name.startswith(RESPONSE)}
         mapped = {str(name): tuple(map(str, digests)) for name, digests in spec.get("mapped", {}).items()}
+        network = _network(weights, spec, mapped, tree, config)
         bundle = Bundle(
-            network=_network(weights, len(spec["genes"]), (spec["covariates"], mapped), tree, config),
-            trust=Trust.read(spec["trust"], known).checked(len(spec["genes"]), config, tree)
-            if spec.get("trust")
-            else None,
+            network=network,
+            trust=_trust(spec, known, config, tree),
             responder=Responder.read(spec["response"], told) if spec.get("response") else None,
             genes=tuple(spec["genes"]),
             tree=tree,
@@ -295,6 +316,15 @@ def _load(path: Path, device: str) -> Bundle:
     return bundle
 
 
+def _trust(
+    spec: dict[str, Any], known: dict[str, torch.Tensor], config: ModelConfig, tree: LabelTree | None
+) -> Trust | None:
+    if not spec.get("trust"):
+        return None
+    trust = Trust.read(spec["trust"], known)
+    return trust.checked(len(spec["genes"]), config, tree, decodes=bool(spec.get("decoder", True)))
+
+
 def _checked(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for name, tensor in weights.items():
         if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
@@ -304,8 +334,8 @@ def _checked(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _network(
     weights: dict[str, torch.Tensor],
-    n_genes: int,
-    categories: tuple[dict[str, int], dict[str, tuple[str, ...]]],
+    spec: dict[str, Any],
+    mapped: dict[str, tuple[str, ...]],
     tree: LabelTree | None,
     config: ModelConfig,
 ) -> Network:
@@ -317,10 +347,11 @@ def _network(
         parts[axis.name] = weights[f"head.axes.{a}.parts_SF"]
         if len(parts[axis.name]) != len(axis.leaves):
             raise BundleError(f"axis {axis.name!r} has {len(axis.leaves)} labels and weights for another number")
+    decodes = bool(spec.get("decoder", True))
     with torch.device("meta"):
-        trained, mapped = categories
-        network = Network(n_genes, trained, parts, config)
-        network.vae.decoder.add_rows({name: torch.empty(len(d), config.n_hidden) for name, d in mapped.items()})
+        network = Network(len(spec["genes"]), spec["covariates"], parts, config, decodes=decodes)
+        if decodes:
+            network.vae.decoder.add_rows({name: torch.empty(len(d), config.n_hidden) for name, d in mapped.items()})
     network.load_state_dict(weights, assign=True)
     return network
 

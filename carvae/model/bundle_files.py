@@ -11,7 +11,7 @@ from typing import Any
 
 from carvae.errors import BundleError
 
-FORMAT = 4
+FORMAT = 5
 """Version of the bundle's layout. Older layouts stay loadable; a newer one is refused by name."""
 FILES = ("weights.safetensors", "card.md", "metrics.json")
 TEXTS = (".md", ".json")

@@ -53,10 +53,16 @@ class Cohort:
         """
         obs = store.obs()
         check_covariates(obs, config)
-        codes = {name: obs[name].astype("category").cat.codes.to_numpy(np.int64) for name in config.model.covariates}
         labels = labels_of(obs, config)
         if labels is not None:
             refuse_confounded(labels.labels, obs[SOURCE].astype(str))
+        return cls.of(store, labels, config)
+
+    @classmethod
+    def of(cls, store: CellStore, labels: CohortLabels | None, config: Config) -> Cohort:
+        """The cells of a store with their labels."""
+        obs = store.obs()
+        codes = {name: obs[name].astype("category").cat.codes.to_numpy(np.int64) for name in config.model.covariates}
         return cls(
             store=store,
             obs=obs,

@@ -89,9 +89,9 @@ def weight_gradient(counts: CountsCSR, value_M: Tensor, grad_NH: Tensor) -> Tens
     By gene, since the gradients of a minibatch's cells stay in the cache, where the weights of all genes would not, and
     each gene's sum in registers.
     """
-    n_hidden = grad_NH.shape[1]
-    padded_NH = functional.pad(grad_NH, (0, -n_hidden % COLUMNS))
-    parts_PNC = torch.stack(torch.split(padded_NH, COLUMNS, dim=1))
+    n_hidden, room = grad_NH.shape[1], -grad_NH.shape[1] % COLUMNS
+    padded_NH = functional.pad(grad_NH, (0, room)) if room else grad_NH
+    parts_PNC = padded_NH.reshape(len(grad_NH), -1, COLUMNS).transpose(0, 1).contiguous()
     out_GH = grad_NH.new_empty(counts.n_genes, padded_NH.shape[1])
     if len(grad_NH) != counts.n_cells:
         raise ValueError(f"gradients of {len(grad_NH)} cells for counts of {counts.n_cells}")

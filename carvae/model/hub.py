@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from carvae.data.atomic import replacing_folder
-from carvae.errors import BundleError, ConfigError
+from carvae.errors import BundleError, ConfigError, nearest
 from carvae.model.bundle import Bundle, load
 from carvae.model.bundle_files import FILES, check_place
 
@@ -22,6 +22,18 @@ ATTRIBUTES = ".gitattributes"
 LARGE = "*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
 """What the hub keeps in its store of large files."""
 OTHER = "other"
+LICENCES = (
+    *"apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0".split(),
+    *"bigcode-openrail-m afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda".split(),
+    *"cc cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0".split(),
+    *"cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0".split(),
+    *"cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0".split(),
+    *"etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc lppl-1.3c".split(),
+    *"ms-pl mpl-2.0 odc-by odbl openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr".split(),
+    *("unknown", OTHER),
+)
+"""Identifiers that the hub knows, without those of single language models
+(https://huggingface.co/docs/hub/repositories-licenses)."""
 
 
 def to_folder(model: Path, out: Path, licence: str, name: str) -> Path:
@@ -30,7 +42,7 @@ def to_folder(model: Path, out: Path, licence: str, name: str) -> Path:
     Parameters
     ----------
     licence
-        Of the model, as the training data allow it: an identifier of the hub, such as ``cc-by-4.0``, or ``other``.
+        Of the model, as the training data allow it: an identifier of the hub (`LICENCES`) in any case.
     name
         What the model is called.
 
@@ -38,7 +50,14 @@ def to_folder(model: Path, out: Path, licence: str, name: str) -> Path:
     ------
     BundleError
         The model is no bundle, or the folder holds something else.
+    ConfigError
+        There is no such licence, or the folder is the model itself.
     """
+    if (licence := licence.lower()) not in LICENCES:
+        raise ConfigError(
+            f"--licence {licence!r} is none that Hugging Face knows{nearest(licence, LICENCES)}; for any that is not "
+            f"in https://huggingface.co/docs/hub/repositories-licenses say {OTHER!r}"
+        )
     bundle = load(model, "cpu")
     check_folder(out)
     if out.resolve() == model.resolve():

@@ -76,7 +76,7 @@ class RowFit:
 
     def __init__(self, network: Network, n_new: Mapping[str, int]) -> None:
         self.network, self.n_new = network.eval(), dict(n_new)
-        self.device = network.vae.log_theta_G.device
+        self.device = network.vae.device
         self.variance = prior_variance(network)
 
     def fit(self, cells: Cells, seed: int) -> dict[str, Tensor]:

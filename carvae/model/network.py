@@ -54,13 +54,21 @@ class Network(nn.Module):
         Label axis -> weight of each part in each leaf (see `StateHead`); empty for a model without labels.
     config
         The model's section of the config.
+    decodes
+        Whether there is a decoder.
     """
 
     def __init__(
-        self, n_genes: int, n_categories: Mapping[str, int], parts: Mapping[str, Tensor], config: ModelConfig
+        self,
+        n_genes: int,
+        n_categories: Mapping[str, int],
+        parts: Mapping[str, Tensor],
+        config: ModelConfig,
+        *,
+        decodes: bool = True,
     ) -> None:
         super().__init__()
-        self.vae = CellVAE(n_genes, n_categories, config)
+        self.vae = CellVAE(n_genes, n_categories, config, decodes=decodes)
         self.head = StateHead(parts, n_genes, config)
 
     def forward(self, counts: CountsCSR) -> tuple[Posterior, dict[str, Tensor]]:
@@ -75,7 +83,7 @@ class Network(nn.Module):
         ``precision`` "bf16" holds the weights of the encoder's first layer, its most work, in bfloat16.
         """
         self.eval()
-        device = self.vae.log_theta_G.device
+        device = self.vae.device
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         parts, cells = [], CountsCSR.from_scipy(counts)
         first_layer = self.vae.encoder.first.fixed(dtype)

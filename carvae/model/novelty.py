@@ -4,14 +4,15 @@ Four views, since no single one sees every kind of stranger: the energy of the s
 the distance to the nearest known state in the encoder's last hidden layer beside the distance to all training cells
 (unseen states), the misfit of the decoded counts (foreign cells, noise, shuffled genes), and a want of the genes that
 every cell of the cohort expresses (cells that are no T cells). A cell is as strange as its strangest view, each
-measured against held-out cells of known states with the same depth and gene overlap.
+measured against held-out cells of known states with the same depth and gene overlap. A model that was shared without
+its decoder has no misfit and judges by the other three, on a scale of their own.
 
 Axes: N cells, G genes, H hidden, K latent, L label sets, T views, B bins, Q stored quantiles, M training samples.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.sparse as sp
@@ -25,6 +26,8 @@ from carvae.model.network import CELLS_PER_PASS, Network
 Floats = NDArray[np.float32]
 
 VIEWS = ("energy", "distance", "misfit", "identity")
+DECODED = "misfit"
+"""The view that needs the decoder."""
 LEVELS = np.concatenate([np.linspace(0, 0.9, 19), 1 - 0.1 * np.geomspace(1, 0.005, 24)[1:], [1.0]])
 """Quantiles that are stored: close together where the threshold lies."""
 MIDDLE = 10
@@ -55,6 +58,10 @@ class Reference:
     scale_KK: Floats
     """Inverse covariance of the latent space within label sets."""
 
+    def without_samples(self) -> Reference:
+        """The same, in which the training samples have no places of their own but their middle."""
+        return replace(self, sample_MK=self.sample_MK.mean(0, keepdims=True))
+
 
 @dataclass(frozen=True, slots=True)
 class Observed:
@@ -66,30 +73,32 @@ class Observed:
     """Label axis -> [N, S]."""
     energy_N: Floats
     """-log sum exp of the latent view's logits, summed over label axes (Liu et al. 2020, arXiv:2010.03759)."""
-    misfit_N: Floats
-    """Mean over measured genes of the squared Pearson residual of the decoded counts."""
+    misfit_N: Floats | None
+    """Mean over measured genes of the squared Pearson residual of the decoded counts; None without a decoder."""
 
 
 @torch.inference_mode()
 def observe(network: Network, counts: sp.csr_matrix, present_G: NDArray[np.bool_]) -> Observed:
     """Pass cells through encoder, head and decoder; ``present_G`` says which panel genes were measured in them."""
     network.eval()
-    device = network.vae.log_theta_G.device
+    device = network.vae.device
     absent_G = torch.from_numpy(~present_G).to(device)
-    parts: dict[str, list[Tensor]] = {name: [] for name in ("latent", "hidden", "energy", "misfit")}
+    parts: dict[str, list[Tensor]] = {"latent": [], "hidden": [], "energy": []}
+    misfit: list[Tensor] = []
     said: dict[str, list[Tensor]] = {}
     for start in range(0, counts.shape[0], CELLS_PER_PASS):
         chunk = counts[start : start + CELLS_PER_PASS]
         cells = CountsCSR.from_scipy(chunk).to(device)
         hidden_NH = network.vae.encoder.hidden(cells)
         z_NK = network.vae.encoder.posterior(hidden_NH).mean_NK
-        count_NG = torch.from_numpy(chunk.toarray().astype(np.float32)).to(device)
         energy_N = torch.zeros(len(z_NK), device=device)
         for logits_NS in network.head.latent_logits(z_NK).values():
             energy_N -= torch.logsumexp(logits_NS, 1)
-        found = (z_NK, hidden_NH, energy_N, _misfit(network, z_NK, count_NG, absent_G))
-        for name, value in zip(parts, found, strict=True):
+        for name, value in zip(parts, (z_NK, hidden_NH, energy_N), strict=True):
             parts[name].append(value.float().cpu())
+        if network.vae.decodes:
+            count_NG = torch.from_numpy(chunk.toarray().astype(np.float32)).to(device)
+            misfit.append(_misfit(network, z_NK, count_NG, absent_G).float().cpu())
         for axis, log_NS in network.head(z_NK, cells).items():
             said.setdefault(axis, []).append(log_NS.float().cpu())
     joined = {name: torch.cat(values).numpy() for name, values in parts.items()}
@@ -98,7 +107,7 @@ def observe(network: Network, counts: sp.csr_matrix, present_G: NDArray[np.bool_
         hidden_NH=joined["hidden"],
         log_probability={axis: torch.cat(values).numpy() for axis, values in said.items()},
         energy_N=joined["energy"],
-        misfit_N=joined["misfit"],
+        misfit_N=torch.cat(misfit).numpy() if misfit else None,
     )
 
 
@@ -169,7 +178,7 @@ def _precision(residual: NDArray[np.float64]) -> NDArray[np.float64]:
 def views(
     observed: Observed, reference: Reference, counts: sp.csr_matrix, present_G: NDArray[np.bool_]
 ) -> NDArray[np.float64]:
-    """Strangeness of each cell in each of `VIEWS`, [N, T], on scales of their own."""
+    """Strangeness of each cell in each of `VIEWS`, [N, T], on scales of their own; without misfit if there is none."""
     hidden = observed.hidden_NH
     to_class = np.stack([_square(hidden - mean, reference.within_HH) for mean in reference.mean_LH], axis=1)
     distance = to_class.min(1) - _square(hidden - reference.centre_H, reference.around_HH)
@@ -177,7 +186,14 @@ def views(
     share = (measured_G * reference.identity_G).sum() / max(measured_G.sum(), 1e-12)
     expected = share * np.asarray(counts.sum(1)).ravel()
     seen = np.asarray(counts @ reference.identity_G).ravel()
-    return np.stack([observed.energy_N, distance, observed.misfit_N, (expected - seen) / np.sqrt(expected + 1)], axis=1)
+    missing = (expected - seen) / np.sqrt(expected + 1)
+    found = (observed.energy_N, distance, observed.misfit_N, missing)
+    return np.stack([view_N for view_N in found if view_N is not None], axis=1)
+
+
+def without_decoded(view_NT: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Views of cells without the one that needs the decoder, [N, T - 1]."""
+    return np.delete(view_NT, VIEWS.index(DECODED), axis=1)
 
 
 def _square(residual_NH: NDArray[np.floating], precision_HH: NDArray[np.floating]) -> NDArray[np.floating]:

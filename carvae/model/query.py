@@ -16,10 +16,11 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from carvae.config import PredictConfig
+from carvae.data.atomic import refuse_file
 from carvae.data.genes import GeneTable
 from carvae.data.readers import CountsSource
 from carvae.data.schema import query_samples
-from carvae.errors import BundleError, ConfigError
+from carvae.errors import BundleError
 from carvae.model.bundle import Bundle
 
 log = logging.getLogger(__name__)
@@ -170,8 +171,7 @@ def refuse_place(bundle: Bundle, out: Path, verb: str) -> None:
     BundleError
         The model has no labels.
     """
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {str(out)!r} is a file; {verb} writes its tables and pictures into a folder")
+    refuse_file(out, verb)
     if bundle.tree is None:
         raise BundleError(f"this model was trained without labels, so there is nothing to {verb}")
 

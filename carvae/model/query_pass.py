@@ -6,6 +6,7 @@ cell is some bytes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import secrets
@@ -26,7 +27,7 @@ from carvae.data.readers import CountsSource, open_samples, open_source, refuse_
 from carvae.data.results import earlier_columns
 from carvae.model.about import about_cells, check_features
 from carvae.model.ahead import ahead, on_dask
-from carvae.model.bundle import Bundle
+from carvae.model.bundle import Bundle, libraries
 from carvae.model.cell_clones import Asked, clones_of, late_columns
 from carvae.model.labeller import Labelled, Labeller
 from carvae.model.late import Late, LateResults, Sorting, check_root
@@ -157,7 +158,16 @@ class Pass:
             columns["columns"] = np.array([*self.columns, *map(str, late)], dtype=object)
             if self.late.clones is not None and self.late.clones.report is not None:
                 columns["clones"] = json.dumps(asdict(self.late.clones.report))
-        return _provenance(self.bundle, self.config, self.worst, self.states) | _counts_from(sources) | columns
+        made = {"query": self._fingerprint(), "run_seed": self.asked.seed, "libraries": json.dumps(libraries())}
+        return _provenance(self.bundle, self.config, self.worst, self.states) | _counts_from(sources) | made | columns
+
+    def _fingerprint(self) -> str:
+        """Of the counts of all cells, in their order."""
+        digest = hashlib.sha256()
+        for part in self.parts:
+            digest.update(np.ascontiguousarray(part.total_N, np.int64).tobytes())
+            digest.update(np.ascontiguousarray(part.print_N, np.uint64).tobytes())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

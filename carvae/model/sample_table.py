@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from carvae.data.composition import fraction_interval
+from carvae.data.composition import fraction_interval, mean_interval
 from carvae.data.schema import NAMES
 from carvae.labels.axis import RESERVED, main_first
 from carvae.model.labeller import MARKERS, Labelled
@@ -18,6 +18,8 @@ from carvae.model.verdict import LEAST_OVERLAP, figures_of_means
 
 OF_CELLS = ("sample", "clone_id", "clone_size")
 """Columns of the contract that are of a cell, or are the row itself."""
+MEAN = "mean"
+"""How the columns with means over cells begin."""
 
 
 class SampleTable:
@@ -51,6 +53,7 @@ class SampleTable:
         self.n_used = np.zeros(len(self.names), np.int64)
         self.totals: list[NDArray[np.int64]] = []
         self.sums: dict[str, NDArray[np.float64]] = {}
+        self.squares: dict[str, NDArray[np.float64]] = {}
         self.counts: dict[str, NDArray[np.int64]] = {}
         self.done, self.verdicts = 0, verdicts
         self.about = pd.DataFrame() if about is None else shared(about, self.code_N, len(self.names))
@@ -80,6 +83,9 @@ class SampleTable:
         total = np.bincount(code[known], weights=values[known], minlength=len(self.names)).astype(np.float64)
         self.sums[name] = total + self.sums.get(name, 0.0)
         self.counts[name] = n + self.counts.get(name, 0)
+        if name.startswith(MEAN):
+            square = np.bincount(code[known], weights=values[known] ** 2, minlength=len(self.names))
+            self.squares[name] = square.astype(np.float64) + self.squares.get(name, 0.0)
 
     def frame(self, late: pd.DataFrame | None = None) -> pd.DataFrame:
         """The table, samples sorted by name; ``late`` holds further columns in this order."""
@@ -98,7 +104,11 @@ class SampleTable:
         return pd.concat(parts, axis=1)
 
     def _interval(self, name: str) -> dict[str, NDArray[np.float64]]:
-        """The interval of a state's fraction, as two columns; nothing for any other column."""
+        """The interval of a state's fraction or of a mean, as two columns; nothing for any other column."""
+        if name.startswith(MEAN):
+            low, high = mean_interval(self.sums[name], self.squares[name], self.counts[name])
+            ends = (f"low {name}", f"high {name}") if " " in name else (f"{name}_low", f"{name}_high")
+            return dict(zip(ends, (low, high), strict=True))
         for leaves in self.states.values():
             if name.removeprefix("fraction ") in leaves and name.startswith("fraction "):
                 low, high = fraction_interval(self.sums[name], self.counts[name], len(leaves))
@@ -175,6 +185,12 @@ class Verdicts:
                 "gene_overlap": overlap,
                 "fraction_unknown": found.fraction_unknown,
                 "mean_novelty": found.mean_novelty,
+                **_novelty_interval(cells["novelty"].to_numpy(np.float64)),
                 "batch_distance": found.batch_distance,
             }
         return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def _novelty_interval(novelty: NDArray[np.float64]) -> dict[str, float]:
+    ends = mean_interval(np.array([novelty.sum()]), np.array([novelty @ novelty]), np.array([len(novelty)]))
+    return dict(zip(("mean_novelty_low", "mean_novelty_high"), (float(end[0]) for end in ends), strict=True))

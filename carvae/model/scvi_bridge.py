@@ -80,10 +80,12 @@ def to_scvi(bundle: Bundle, adata: AnnData, covariates: Mapping[str, str] | None
     Raises
     ------
     BundleError
-        The columns do not fit the model's covariates; all problems at once.
+        The columns do not fit the model's covariates, all problems at once; or the model was shared without its
+        decoder.
     GeneError, CountsError
         The cells do not fit; see `carvae.predict`.
     """
+    bundle.refuse_without_decoder("scvi-tools")
     columns = _category_columns(bundle.n_rows, adata.obs, covariates or {})
     from scvi.model import SCVI
 

@@ -183,9 +183,8 @@ class EveryFewEpochs(Callback):
         if epoch % self.every or processes.rank():
             return
         picture = self.draw(epoch)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image("map", [str(picture)])
+        for dashboard in _dashboards(trainer.loggers):
+            dashboard.show_map(picture, epoch)
 
 
 class _EarlyStopping(EarlyStopping):
@@ -211,7 +210,7 @@ def callbacks_of(checkpoints: Path, *, held_out: bool, patience: int) -> tuple[M
 
 
 def loggers_of(folder: Path, config: Config, checkpoint: Path) -> list[Logger]:
-    """A CSV log always; W&B with the settings, but without study paths, patient names or what the machine is called.
+    """A CSV log always, and W&B unless it is switched off.
 
     Lightning's CSV log begins anew; here it keeps what was logged before ``checkpoint``, where that is there. The first
     process alone logs.
@@ -226,25 +225,19 @@ def loggers_of(folder: Path, config: Config, checkpoint: Path) -> list[Logger]:
     loggers: list[Logger] = [table]
     mode = wandb_mode(config.train.wandb, os.environ.get("WANDB_MODE", ""))
     if mode != "disabled":
-        import wandb
+        from carvae.model.dashboard import Dashboard  # slow to import
 
-        run = wandb.init(
-            project="carvae",
-            dir=folder,
-            mode=mode,  # type: ignore[arg-type]
-            config=config.model_dump(mode="json", include={"seed", "labels", "model", "train"}),
-            settings=wandb.Settings(
-                x_disable_meta=True, disable_git=True, disable_code=True, console="off", silent=True
-            ),
-        )
-        loggers.append(WandbLogger(experiment=run))
+        loggers.append(Dashboard(folder, config, mode))
     return loggers
 
 
 def finish(loggers: Sequence[Logger], scores: dict[str, AxisScores]) -> None:
-    """Log the confusion matrices of the last held-out pass, and close."""
+    """Write what is left, and close."""
     for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            for axis, score in scores.items():
-                logger.log_table(f"confusion_{axis}", columns=["true", *score.leaves], data=score.confusion_rows())
-            logger.experiment.finish()
+        logger.save()
+    for dashboard in _dashboards(loggers):
+        dashboard.end(scores)
+
+
+def _dashboards(loggers: Sequence[Logger]) -> list[Any]:
+    return [logger for logger in loggers if isinstance(logger, WandbLogger)]

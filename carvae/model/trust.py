@@ -6,7 +6,7 @@ Axes: N cells, G genes, K latent, S leaves of one label axis, B bins.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,16 @@ class Judged:
 
 
 @dataclass(frozen=True, slots=True)
+class Undecoded:
+    """What a model judges by that is shared without its decoder."""
+
+    scale: Scale
+    """Of the views without the one that needs the decoder."""
+    limits: SampleLimits | None
+    """By that scale, and by the distance to the middle of the training samples in place of the nearest one."""
+
+
+@dataclass(frozen=True, slots=True)
 class Trust:
     """Everything by which a bundle says how sure it is."""
 
@@ -54,6 +64,29 @@ class Trust:
     limits: SampleLimits | None
     unknown_rate: float
     """Share of held-out cells of known states that are called unknown."""
+    undecoded: Undecoded | None = None
+    """None in a model that is shared without its decoder, and in bundles before layout 5."""
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it judges by the decoder too."""
+        return int(self.scale.view_BTQ.shape[1]) == len(VIEWS)
+
+    def shared(self) -> Trust:
+        """The same for a model without its decoder; no training sample has a place of its own in it.
+
+        Raises
+        ------
+        BundleError
+            The model was trained before that was learned.
+        """
+        if self.undecoded is None:
+            raise BundleError(
+                "the model was trained by a carvae that did not learn novelty without the decoder, so that it cannot "
+                "be shared without it; train it again, or share it whole"
+            )
+        scale, limits = self.undecoded.scale, self.undecoded.limits
+        return replace(self, reference=self.reference.without_samples(), scale=scale, limits=limits, undecoded=None)
 
     def judge(self, network: Network, counts: sp.csr_matrix, present_G: NDArray[np.bool_]) -> Judged:
         """Embed, label and judge cells from their counts over the panel, [N, G]."""
@@ -86,6 +119,9 @@ class Trust:
         parts: dict[str, Any] = {"reference": self.reference, "bins": self.bins, "scale": self.scale}
         parts |= {f"calibration.{a}": c for a, c in enumerate(self.calibration.values())}
         parts |= {} if self.limits is None else {"limits": self.limits}
+        if self.undecoded is not None:
+            parts["undecoded.scale"] = self.undecoded.scale
+            parts |= {} if self.undecoded.limits is None else {"undecoded.limits": self.undecoded.limits}
         arrays = {
             f"{PREFIX}{part}.{f.name}": getattr(value, f.name) for part, value in parts.items() for f in fields(value)
         }
@@ -93,10 +129,15 @@ class Trust:
 
     def describe(self) -> dict[str, Any]:
         """For model.json, with what `tensors` needs to be read again."""
-        return {"unknown_rate": self.unknown_rate, "axes": list(self.calibration), "limits": self.limits is not None}
+        return {
+            "unknown_rate": self.unknown_rate,
+            "axes": list(self.calibration),
+            "limits": self.limits is not None,
+            "undecoded": self.undecoded is not None,
+        }
 
-    def checked(self, n_genes: int, config: ModelConfig, tree: LabelTree | None) -> Trust:
-        """Itself, if its arrays fit a model of this size.
+    def checked(self, n_genes: int, config: ModelConfig, tree: LabelTree | None, *, decodes: bool = True) -> Trust:
+        """Itself, if its arrays fit a model of this size, which ``decodes`` or does not.
 
         Raises
         ------
@@ -114,15 +155,14 @@ class Trust:
             and ref.share_G.shape == ref.identity_G.shape == (n_genes,)
             and ref.sample_MK.shape[1:] == (k,)
             and ref.scale_KK.shape == (k, k)
-            and self.scale.view_BTQ.shape == (b, len(VIEWS), q)
-            and self.scale.whole_BQ.shape == (b, q)
+            and _fits(self.scale, self.limits, (b, len(VIEWS) - (not decodes), q))
+            and (self.undecoded is None or _fits(self.undecoded.scale, self.undecoded.limits, (b, len(VIEWS) - 1, q)))
             and all(
                 c.temperature_B.shape == (b,)
                 and c.level_C.shape == (len(COVERAGES),)
                 and c.threshold_BSC.shape == (b, leaves.get(axis), len(COVERAGES))
                 for axis, c in self.calibration.items()
             )
-            and (self.limits is None or self.limits.care_F.shape == self.limits.out_F.shape == (len(FIGURES),))
         )
         if not right:
             raise BundleError("what it says of its own errors does not fit the model; copy the whole folder again")
@@ -151,7 +191,18 @@ class Trust:
             calibration={axis: part(Calibration, f"calibration.{a}") for a, axis in enumerate(spec["axes"])},
             limits=part(SampleLimits, "limits") if spec["limits"] else None,
             unknown_rate=float(spec["unknown_rate"]),
+            undecoded=Undecoded(
+                part(Scale, "undecoded.scale"), part(SampleLimits, "undecoded.limits") if spec["limits"] else None
+            )
+            if spec.get("undecoded")
+            else None,
         )
+
+
+def _fits(scale: Scale, limits: SampleLimits | None, shape_BTQ: tuple[int, int, int]) -> bool:
+    b, _, q = shape_BTQ
+    of_figures = limits is None or limits.care_F.shape == limits.out_F.shape == (len(FIGURES),)
+    return of_figures and scale.view_BTQ.shape == shape_BTQ and scale.whole_BQ.shape == (b, q)
 
 
 def set_columns(

@@ -178,13 +178,23 @@ class CellVAE(nn.Module):
         Covariate name -> number of categories, in the order of ``covariate_NC``.
     config
         The model's section of the config.
+    decodes
+        Whether there is a decoder; a model that was shared without it embeds and labels all the same.
     """
 
-    def __init__(self, n_genes: int, n_categories: Mapping[str, int], config: ModelConfig) -> None:
+    def __init__(
+        self, n_genes: int, n_categories: Mapping[str, int], config: ModelConfig, *, decodes: bool = True
+    ) -> None:
         super().__init__()
-        self.encoder = Encoder(n_genes, config)
-        self.decoder = Decoder(n_genes, n_categories, config)
-        self.log_theta_G = nn.Parameter(torch.zeros(n_genes))
+        self.encoder, self.decodes = Encoder(n_genes, config), decodes
+        if decodes:
+            self.decoder = Decoder(n_genes, n_categories, config)
+            self.log_theta_G = nn.Parameter(torch.zeros(n_genes))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.encoder.first.weight_GH.device
 
     def elbo(
         self,

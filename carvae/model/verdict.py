@@ -17,7 +17,7 @@ Floats = NDArray[np.float32]
 FIGURES = {
     "fraction_unknown": "{value:.0%} of its cells are unknown (nine in ten in training: at most {limit:.0%})",
     "mean_novelty": "mean novelty {value:.2f} (nine in ten in training: at most {limit:.2f})",
-    "batch_distance": "its mean is {value:.1f} from the nearest training sample (nine in ten: at most {limit:.1f})",
+    "batch_distance": "its mean is {value:.1f} from the training samples (nine in ten: at most {limit:.1f})",
     "shallowness": "median depth {depth:.0f} counts over the panel (nine in ten in training: at least {least:.0f})",
 }
 """Figures in which more is worse -> what is said of a sample beyond its limit. Shallowness is -log2 of the median
@@ -41,7 +41,8 @@ class SampleFigures:
     fraction_unknown: float
     mean_novelty: float
     batch_distance: float
-    """From its latent mean to that of the nearest training sample, in standard deviations within a state."""
+    """From its latent mean to that of the nearest training sample (of a model shared without its decoder: to their
+    middle), in standard deviations within a state."""
     shallowness: float
 
     def array(self) -> NDArray[np.float64]:

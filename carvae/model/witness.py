@@ -19,8 +19,8 @@ from carvae.model.calibration import MAX_GROUPS, Bins, Calibration, Seen, Temper
 from carvae.model.cohort import Cohort
 from carvae.model.metrics import expected_calibration_error
 from carvae.model.network import Network
-from carvae.model.novelty import Floats, Reference, Scale, observe, refer, views
-from carvae.model.trust import Trust
+from carvae.model.novelty import Floats, Reference, Scale, observe, refer, views, without_decoded
+from carvae.model.trust import Trust, Undecoded
 from carvae.model.verdict import LEAST_OVERLAP, MIN_CELLS, SampleFigures, SampleLimits, figures
 
 DEPTHS = (1.0, 0.5, 0.25, 0.1)
@@ -199,16 +199,28 @@ def learn(witnesses: Sequence[Witness], reference: Reference, unknown_rate: floa
     if not cells.known_N.any():
         return None
     fitted = _Fitted.on(cells.take(np.flatnonzero(cells.known_N)))
-    bins, scale = fitted.bins, fitted.scale
+    trust = Trust(reference, fitted.bins, fitted.scale, fitted.calibration, None, unknown_rate)
+    undecoded = Undecoded(fitted.undecoded, None)
+    blind = replace(trust, undecoded=undecoded).shared()
+    undecoded = replace(undecoded, limits=_limits(witnesses, blind))
+    return replace(trust, limits=_limits(witnesses, trust), undecoded=undecoded)
+
+
+def _limits(witnesses: Sequence[Witness], trust: Trust) -> SampleLimits | None:
+    """How far the held-out samples went, by the views and the reference of ``trust``."""
     samples: list[SampleFigures] = []
     for seen in witnesses:
+        reference, cells = seen.reference, seen.cells
+        if not trust.decodes:
+            reference = reference.without_samples()
+            cells = replace(cells, view_NT=without_decoded(cells.view_NT))
         for rows, latent_NK in seen.samples:
-            own = seen.cells.take(rows)
+            own = cells.take(rows)
             if own.known_N.sum() < MIN_LABELLED:
                 continue  # a sorted fraction of other cells, say, which sets no example
-            novelty_N = scale.novelty(own.view_NT, bins.of(own.counts_N, own.overlap_N))
-            samples.append(figures(latent_NK, novelty_N, own.counts_N, seen.reference, unknown_rate))
-    return Trust(reference, bins, scale, fitted.calibration, SampleLimits.fit(samples), unknown_rate)
+            novelty_N = trust.scale.novelty(own.view_NT, trust.bins.of(own.counts_N, own.overlap_N))
+            samples.append(figures(latent_NK, novelty_N, own.counts_N, reference, trust.unknown_rate))
+    return SampleLimits.fit(samples)
 
 
 def usual_shares(witnesses: Sequence[Witness], trust: Trust, leaves: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
@@ -255,6 +267,8 @@ class _Fitted:
 
     bins: Bins
     scale: Scale
+    undecoded: Scale
+    """Of the views that need no decoder."""
     rules: dict[str, Temperatures]
     """Label axis -> temperatures of networks with any shortage."""
     calibration: dict[str, Calibration]
@@ -265,8 +279,10 @@ class _Fitted:
         seen = {axis: known.seen(axis) for axis, truth_N in known.truth.items() if (truth_N >= 0).any()}
         rules = {axis: Temperatures.fit(cells) for axis, cells in seen.items()}
         calibration = {axis: Calibration.fit(cells, bins, rules[axis]) for axis, cells in seen.items()}
-        scale = Scale.fit(known.view_NT, bins.of(known.counts_N, known.overlap_N), bins.n)
-        return cls(bins, scale, rules, calibration)
+        bin_N = bins.of(known.counts_N, known.overlap_N)
+        scale = Scale.fit(known.view_NT, bin_N, bins.n)
+        undecoded = Scale.fit(without_decoded(known.view_NT), bin_N, bins.n)
+        return cls(bins, scale, undecoded, rules, calibration)
 
 
 def measure(witnesses: Sequence[Witness], unknown_rate: float) -> dict[str, Any]:
@@ -275,7 +291,8 @@ def measure(witnesses: Sequence[Witness], unknown_rate: float) -> dict[str, Any]
     Returns
     -------
     Per label axis the calibration error before and after, coverage and mean size of the 90% sets, each for whole cells
-    and for the poorer ones; and the share of cells of known states called unknown. Empty with a single patient.
+    and for the poorer ones; and the share of cells of known states called unknown, by all views and by those that need
+    no decoder. Empty with a single patient.
     """
     cells = joined([w.cells for w in witnesses])
     known = cells.take(np.flatnonzero(cells.known_N))
@@ -285,10 +302,11 @@ def measure(witnesses: Sequence[Witness], unknown_rate: float) -> dict[str, Any]
     group_N = np.searchsorted(patients, known.patient_N) % min(MAX_GROUPS, patients.size)
     tested = [_tested(known, group_N == g, unknown_rate) for g in np.unique(group_N)]
     whole = np.concatenate([known.whole_N[group_N == g] for g in np.unique(group_N)])
-    unknown = np.concatenate([found.pop("unknown") for found in tested])
+    unknown, blind = (np.concatenate([found.pop(name) for found in tested]) for name in ("unknown", "undecoded"))
     result: dict[str, Any] = {
         "patients": int(patients.size),
         "unknown_rate": {"asked": unknown_rate, "whole": _mean(unknown[whole]), "poorer": _mean(unknown[~whole])},
+        "undecoded": {"whole": _mean(blind[whole]), "poorer": _mean(blind[~whole])},
     }
     for axis in set.intersection(*map(set, tested)):
         raw, tempered, truth, held = (np.concatenate(values) for values in zip(*(f[axis] for f in tested), strict=True))
@@ -311,7 +329,10 @@ def _tested(known: HeldOut, out: NDArray[np.bool_], unknown_rate: float) -> dict
     fitted = _Fitted.on(known.take(np.flatnonzero(~out)))
     test = known.take(np.flatnonzero(out))
     bin_N = fitted.bins.of(test.counts_N, test.overlap_N)
-    found: dict[str, Any] = {"unknown": fitted.scale.novelty(test.view_NT, bin_N) > 1 - unknown_rate}
+    found: dict[str, Any] = {
+        "unknown": fitted.scale.novelty(test.view_NT, bin_N) > 1 - unknown_rate,
+        "undecoded": fitted.undecoded.novelty(without_decoded(test.view_NT), bin_N) > 1 - unknown_rate,
+    }
     for axis, calibration in fitted.calibration.items():
         log_NS = test.log_probability[axis]
         shortage_N = np.exp(fitted.rules[axis].of_shortage * test.shortage_N)  # the calibration is of a network without

@@ -20,11 +20,12 @@ import zarr
 from anndata.io import read_elem
 from numpy.typing import NDArray
 
-from carvae.data.results import LATENT, TABLES, samples_path
+from carvae.data.results import LATENT, samples_path
 from carvae.data.schema import query_obs
 from carvae.data.spreadsheet import neutral_text
 from carvae.errors import ReadError
 from carvae.labels.axis import RESERVED, main_first
+from carvae.model.bundle_files import hash_of
 from carvae.section_patient import ClonesConfig
 
 AUTHOR_COLUMNS = ("author_cell_type", "cell_type")
@@ -140,8 +141,6 @@ def read_annotated(path: Path, clones: ClonesConfig) -> Annotated:
     """
     if not path.exists():
         raise ReadError(f"{path} does not exist")
-    if path.name.endswith(TABLES):
-        raise ReadError(f"{path} is a table of cells without counts; annotate with --out A.h5ad and report on that")
     try:
         with _root(path) as root:
             obs, made, held = read_elem(root["obs"]), _made(root, path), _obsm(root, path)
@@ -219,9 +218,8 @@ def _files(path: Path) -> list[Path]:
 def _sha256(path: Path) -> str:
     """Hash of a file; of a zarr store the hash over the names and hashes of its files, in order."""
     if not path.is_dir():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return hash_of(path)
     digest = hashlib.sha256()
     for part in _files(path):
-        digest.update(f"{part.relative_to(path).as_posix()} {hashlib.sha256(part.read_bytes()).hexdigest()}\n".encode())
+        digest.update(f"{part.relative_to(path).as_posix()} {hash_of(part)}\n".encode())
     return digest.hexdigest()

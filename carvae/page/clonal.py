@@ -113,11 +113,15 @@ def _over_time(facts: Facts, has_clones: bool) -> list[Block]:
         return draw_flow(shown, table, order)
 
     more = f" {len(followed) - len(chosen)} more patients are not drawn." if len(followed) > len(chosen) else ""
-    shows = f"Left, the states of all cells of a patient at each time point, with numbers of cells.{more}"
+    shows = f"The states of all cells of a patient at each time point, with numbers of cells.{more}"
     if not has_clones:
-        return [picture("flow", "States over time", shows + " On the right nothing, since there are no clones.", flow)]
+        return [picture("flow", "States over time", shows, flow)]
     shows += (
-        " Right, from which state to which clones went that were seen at a time point and the next; each counts once."
+        ""
+        if not len(table)
+        else (
+            " Right, from which state to which clones went that were seen at a time point and the next; each counts once."
+        )
     )
     return [*_tracking(facts, shown, chosen, order), picture("flow", "States over time", shows, flow)]
 

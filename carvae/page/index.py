@@ -36,6 +36,16 @@ class Table:
 
 
 @dataclass(frozen=True, slots=True)
+class Link:
+    """Another page beside this one."""
+
+    file: str
+    """Its name, relative to the page."""
+    title: str
+    shows: str
+
+
+@dataclass(frozen=True, slots=True)
 class Number:
     """A figure at the top of the page, with what it means."""
 
@@ -51,6 +61,7 @@ def write_index(
     tables: Sequence[Table] = (),
     numbers: Sequence[Number] = (),
     introduction: str = "",
+    link: Link | None = None,
 ) -> Path:
     """Write ``folder/index.html`` with numbers, figures and tables, and return its path.
 
@@ -60,11 +71,11 @@ def write_index(
     Raises
     ------
     ReadError
-        A figure's file is not in ``folder``.
+        The file of a figure or of the link is not in ``folder``.
     """
-    missing = [figure.file for figure in figures if not (folder / figure.file).is_file()]
-    if missing:
-        raise ReadError(f"{folder} lacks {', '.join(missing)}; save the figures there before writing the page")
+    files = [*(figure.file for figure in figures), *([] if link is None else [link.file])]
+    if missing := [file for file in files if not (folder / file).is_file()]:
+        raise ReadError(f"{folder} lacks {', '.join(missing)}; save it there before writing the page")
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -72,7 +83,7 @@ def write_index(
     environment.filters["link"] = lambda file: quote(Path(file).as_posix())
     environment.filters["cell"] = _cell
     page = environment.get_template("demo.html").render(
-        title=title, introduction=introduction, figures=figures, tables=tables, numbers=numbers
+        title=title, introduction=introduction, figures=figures, tables=tables, numbers=numbers, page=link
     )
     with replacing_file(folder / "index.html") as scratch:
         scratch.write_text(page, encoding="utf-8")

@@ -94,14 +94,16 @@ def plot_tracking(
 def draw_flow(found: ClonalCells, transitions: pd.DataFrame, order: Sequence[str] | None = None) -> Canvas:
     """Left: states of all cells at each time point. Right: states of the clones seen at a time point and the next."""
     patients, states = found.patients(), list(order or found.states())
-    figure = Canvas(figsize=(12.5, 2.1 * len(patients) + 0.6), layout="constrained")
+    columns = 2 if len(transitions) else 1  # without a clone that was seen again there is no right side
+    figure = Canvas(figsize=(6.25 * columns + 1.25 * (columns == 1), 2.1 * len(patients) + 0.6), layout="constrained")
     most = max(len(found.of(patient)[1]) for patient in patients)
-    panels = figure.subplots(len(patients), 2, squeeze=False)
-    for (left, right), patient in zip(panels, patients, strict=True):
-        plot_states_over_time(found, patient, states, left)
-        right.set_visible(len(found.of(patient)[1]) > 1)
-        plot_clone_flow(found, transitions, patient, states, right)
-        for axes in (left, right):
+    panels = figure.subplots(len(patients), columns, squeeze=False)
+    for row, patient in zip(panels, patients, strict=True):
+        plot_states_over_time(found, patient, states, row[0])
+        for right in row[1:]:
+            right.set_visible(len(found.of(patient)[1]) > 1)
+            plot_clone_flow(found, transitions, patient, states, right)
+        for axes in row:
             axes.set(xlim=(-0.6, max(most, 2) - 0.4))
     _legend(figure, colours(states))
     return figure
@@ -168,6 +170,9 @@ def plot_clone_flow(
         for at, side in ((ends[0] - BAR / 2, 1), (ends[1] + BAR / 2, 0)):
             _stack(axes, at, pd.Series(weight_SS.sum(axis=side), index=states), BAR, colour)
         _ribbons(axes, weight_SS, ends, [colour[state] for state in states])
+    if not axes.patches:
+        said = "no clone was seen at a time point and the next"
+        axes.text(0.5, 0.5, said, transform=axes.transAxes, ha="center", va="center", fontsize=8)
     axes.set_title(f"{patient}: clones seen at both time points", loc="left", fontsize=9)
     axes.set_xticks(places, labels, fontsize=7)
     return _as_shares(axes)

@@ -71,6 +71,7 @@ def _rows(table: pd.DataFrame) -> pd.DataFrame:
     depth = table["figure"].str.endswith("_at_depth")
     if depth.any():  # of clones, what does not hang on the cells counted
         drawn = drawn & (depth | (table["group"] != "clones"))
+    drawn = drawn & ~((table["group"] == "clones") & table["difference"].isna())  # of other depths
     for group, heading in SHOWN.items():
         own = table[(table["group"] == group) & drawn]
         if len(own):

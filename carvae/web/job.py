@@ -11,9 +11,10 @@ from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from carvae.data.readers import names_a_sample
 from carvae.errors import CarvaeError, ConfigError, ReadError
 from carvae.web.limits import Limits, size_text
-from carvae.web.names import ARCHIVE, DATA, TAKEN, ending, is_litter, refuse_kind, safe_path, stem
+from carvae.web.names import ARCHIVE, DATA, TAKEN, ending, home, is_litter, refuse_kind, safe_path, stem
 
 MATRICES = (".h5ad", ".h5", ".mtx", ".mtx.gz")
 MAX_MESSAGES = 200
@@ -156,9 +157,8 @@ class Jobs:
         folder = self.root / secrets.token_hex(8)
         given = _name([name for name, _ in files])
         plain = stem(safe_path(given).name)
-        query = folder / "query"
-        job = Job(job_id, owner, given, plain, model, folder, [], query / plain, demo=not files)
-        job.uploads, job.query, job.archive = _places(files, folder, plain)
+        uploads, query, archive = _places(files, folder, given)
+        job = Job(job_id, owner, given, plain, model, folder, uploads, query, archive, demo=not files)
         for part in (folder, folder / "upload", folder / "query", folder / "result"):
             part.mkdir(mode=0o700)
         self.by_id[job_id] = job
@@ -211,21 +211,22 @@ def _check_kinds(files: Sequence[tuple[str, int]], limits: Limits) -> None:
         raise ReadError(f"{len(names):,} files are more than {limits.max_files:,}; give the matrix folders alone")
 
 
-def _places(files: Sequence[tuple[str, int]], folder: Path, plain: str) -> tuple[list[Upload], Path, Path | None]:
+def _places(files: Sequence[tuple[str, int]], folder: Path, given: str) -> tuple[list[Upload], Path, Path | None]:
     """Where each file goes, where the query will be, and the archive it is packed in."""
-    query = folder / "query"
+    query, own = folder / "query", home(given)
     if not files:
-        return [], query / f"{plain}.h5ad", None
+        return [], query / f"{own}.h5ad", None
     if ending(files[0][0], (ARCHIVE,)):
         upload = Upload(files[0][0], folder / "upload" / "archive.zip", files[0][1])
-        return [upload], query / plain, upload.target
+        return [upload], query / own, upload.target
     paths = [safe_path(name) for name, _ in files]
-    if len(files) == 1 and ending(files[0][0], DATA) in (".h5ad", ".h5"):
-        return [Upload(files[0][0], query / paths[0].name, files[0][1])], query / paths[0].name, None
     if len({str(path).casefold() for path in paths}) < len(paths):
         raise CarvaeError("two files have names that differ in nothing but marks or case; rename one")
-    uploads = [Upload(name, query / plain / path, size) for (name, size), path in zip(files, paths, strict=True)]
-    return uploads, query / plain, None
+    tops = {path.parts[0] for path in paths}
+    together = len(tops) == 1 and (len(files) > 1 or ending(files[0][0], DATA) in (".h5ad", ".h5"))
+    place = query if together and names_a_sample(stem(paths[0].parts[0])) else query / own
+    at = place / paths[0].parts[0] if together else place
+    return [Upload(name, place / path, size) for (name, size), path in zip(files, paths, strict=True)], at, None
 
 
 def _name(names: Sequence[str]) -> str:

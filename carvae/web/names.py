@@ -10,6 +10,7 @@ import re
 import unicodedata
 from pathlib import PurePosixPath
 
+from carvae.data.readers import names_a_sample
 from carvae.errors import ReadError
 
 DATA = (".h5ad", ".h5", ".mtx", ".mtx.gz", ".tsv", ".tsv.gz", ".csv", ".csv.gz")
@@ -58,6 +59,15 @@ def stem(name: str) -> str:
     last = name.replace("\\", "/").rstrip("/").rpartition("/")[2]
     end = ending(last, (*DATA, ARCHIVE))
     return last[: len(last) - len(end)] or last
+
+
+def home(given: str) -> str:
+    """The folder for a query, by which its cells are called where its own name is one of Cell Ranger's."""
+    name = safe_path(given).name
+    plain = stem(name)
+    if names_a_sample(plain):
+        return plain
+    return name if name != plain else "sample"  # with its ending it is at least the user's file
 
 
 def refuse_kind(name: str) -> None:

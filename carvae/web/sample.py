@@ -29,6 +29,7 @@ SHIFT = 0.4
 
 def write_sample(bundle: Bundle, path: Path, seed: int = 0) -> None:
     """Draw two patients at two time points and write them as .h5ad; the same seed gives the same cells."""
+    bundle.refuse_without_decoder("drawing a sample")
     rng = np.random.default_rng(seed)
     samples = [(patient, day) for patient in PATIENTS for day in DAYS]
     counts = sp.vstack([_draw(bundle, rng) for _ in samples], format="csr")
@@ -51,7 +52,7 @@ def write_sample(bundle: Bundle, path: Path, seed: int = 0) -> None:
 def _draw(bundle: Bundle, rng: np.random.Generator) -> sp.csr_matrix:
     """Cells of one sample: latent places, decoded without a batch, and negative binomial counts [N, G]."""
     vae = bundle.network.vae
-    z_NK, device = _places(bundle, rng).astype(np.float32), vae.log_theta_G.device
+    z_NK, device = _places(bundle, rng).astype(np.float32), vae.device
     no_batch = torch.full((CELLS, len(vae.decoder.tables)), -1, device=device)
     hidden_NH = vae.decoder.hidden(torch.from_numpy(z_NK).to(device), no_batch)
     share_NG = vae.decoder.scale(hidden_NH).softmax(1).double().cpu().numpy()

@@ -31,7 +31,7 @@ def repeat_script(task: Task) -> str:
     if given:
         sums = "\n".join(f"{digest}  {name}" for name, digest in task.hashes.items())
         lines.append(f"printf '%s\\n' {shlex.quote(sums)} | same")
-    query = _query(given, stem, lines)
+    query = _query(task, lines)
     out = shlex.quote(f"{stem}_again.h5ad")
     settings = "".join(f" {shlex.quote(setting)}" for setting in _settings(task.settings))
     lines.append(f'carvae annotate {shlex.quote(query)} --model "$model" --out {out}{settings}')
@@ -39,21 +39,24 @@ def repeat_script(task: Task) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _query(given: list[str], stem: str, lines: list[str]) -> str:
-    """What is labelled, and what must be done before to have it."""
+def _query(task: Task, lines: list[str]) -> str:
+    """What is labelled, and what must be done before to have it: it is to lie as it lay here, by which it is called."""
+    given = list(task.hashes)
     if not given:
         lines.append("# the simulated cells are taken from the results")
-        return f"{stem}_carvae.h5ad"
-    if len(given) > 1:
-        top = {name.split("/")[0] for name in given}
-        if len(top) == 1:
-            return top.pop()
-        lines.append(f"mkdir -p {shlex.quote(stem)} && cp -- {' '.join(map(shlex.quote, given))} {shlex.quote(stem)}/")
-        return stem
-    if ending(given[0], (ARCHIVE,)):
-        lines.append(f"python3 -m zipfile -e {shlex.quote(given[0])} {shlex.quote(stem)}")
-        return stem
-    return given[0]
+        return f"{task.stem}_carvae.h5ad"
+    inner = Path(task.query).relative_to(Path(task.result).parent / "query")
+    tops = list(dict.fromkeys(name.replace("\\", "/").split("/")[0] for name in given))
+    packed = ending(given[0], (ARCHIVE,)) != ""
+    if len(inner.parts) == 1 and len(tops) == 1 and not packed:
+        return tops[0]
+    folder = f"{task.stem}_query/{inner.parts[0]}"
+    lines.append(f"mkdir -p {shlex.quote(folder)}")
+    if packed:
+        lines.append(f"python3 -m zipfile -e {shlex.quote(given[0])} {shlex.quote(folder)}")
+        return f"{task.stem}_query/{inner}"
+    lines.append(f"cp -R -- {' '.join(map(shlex.quote, tops))} {shlex.quote(folder)}/")
+    return f"{folder}/{tops[0]}" if len(inner.parts) > 1 else folder
 
 
 def _settings(settings: Mapping[str, Any], before: str = "") -> Iterator[str]:

@@ -18,6 +18,13 @@ export function results(job: Job, about: About): HTMLElement {
     {},
     h("h2", {}, "Is the model at home in these samples?"),
     h("p", {}, summary(job.samples)),
+    job.demo &&
+      h(
+        "p",
+        { class: "hint" },
+        "These cells were drawn from the model and not measured. They are not quite like real ones, and the model notices: " +
+          "that care is due is the right answer here.",
+      ),
     verdicts(job.samples),
     h("h2", {}, "To take home"),
     downloads(job),

@@ -1,0 +1,101 @@
+"""Tables that users give: one reader for all of them, so that a file that is none is refused in the same words.
+
+Columns are parted by what parts the names in the first line: commas, tabs, or the semicolons that a spreadsheet writes
+where a comma is the decimal point. Names of samples and patients stay as they are written: ``007`` is no number.
+"""
+
+from __future__ import annotations
+
+import gzip
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from carvae.data.schema import CONTRACT
+from carvae.errors import ReadError
+
+SEPARATORS = (",", "\t", ";")
+"""The first of those that are as frequent wins."""
+NAMED = {name for column in CONTRACT if column.name in {"sample", "patient"} for name in (column.name, *column.aliases)}
+"""Columns that are read as text."""
+QUOTED = re.compile(r'"[^"]*"')
+WHOLE = re.compile(r"\d+\.0")
+"""A number that a table wrote with a point since others were missing."""
+DECIMAL = re.compile(r"[-+]?\d+(,\d+)?([eE][-+]?\d+)?")
+WORKBOOK = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")
+"""How files of Excel begin."""
+PACKED = b"\x1f\x8b"
+
+
+def read_table(path: Path, setting: str = "", text: Iterable[str] = ()) -> pd.DataFrame:
+    """A table in CSV, with commas, semicolons or tabs, packed with gzip or not.
+
+    Parameters
+    ----------
+    setting
+        What named the file, such as ``predict.sheet``, for messages.
+    text
+        Further columns that are read as text.
+
+    Raises
+    ------
+    ReadError
+        The file is not there, is no table, or is one of Excel.
+    """
+    try:
+        head, first = _beginning(path)
+        if head.startswith(WORKBOOK):
+            raise ReadError(f"{path} is a workbook of Excel; save the sheet as CSV (UTF-8) and give that")
+        line = QUOTED.sub("", first.splitlines()[0]) if first.strip() else ""
+        sep = max(SEPARATORS, key=line.count)
+        names = {*NAMED, *text}
+        table = pd.read_csv(
+            path,
+            sep=sep,
+            dtype=dict.fromkeys(names, str),
+            encoding="utf-8-sig",
+            compression="gzip" if head.startswith(PACKED) else None,
+            low_memory=False,
+        )
+    except FileNotFoundError:
+        raise ReadError(f"{f'{setting}=' if setting else ''}{path} does not exist") from None
+    except UnicodeDecodeError:
+        raise ReadError(f"{path} cannot be read as a table: it is no text in UTF-8; save it as CSV (UTF-8)") from None
+    except (OSError, EOFError, ValueError) as error:
+        raise ReadError(f"{path} cannot be read as a table: {' '.join(str(error).split())}") from None
+    for name in table:
+        if name in names:
+            table[name] = _as_written(table[name])
+        elif sep == ";" and not pd.api.types.is_numeric_dtype(table[name]):
+            table[name] = _with_points(table[name])
+    return table
+
+
+def _beginning(path: Path) -> tuple[bytes, str]:
+    """The first bytes of a file, and its first line."""
+    with path.open("rb") as file:
+        head = file.read(4)
+    if not head.startswith(PACKED):
+        with path.open(encoding="utf-8-sig", errors="replace") as plain:
+            return head, plain.readline()
+    with gzip.open(path, "rt", encoding="utf-8-sig", errors="replace") as packed:
+        return head, packed.readline()
+
+
+def _as_written(column: pd.Series[str]) -> pd.Series[str]:
+    """Names as they are, but whole numbers without a point where the table wrote all with one."""
+    known = column.dropna()
+    if len(known) and known.map(lambda name: WHOLE.fullmatch(name) is not None).all():
+        return column.str.removesuffix(".0")
+    return column
+
+
+def _with_points(column: pd.Series[str]) -> pd.Series[Any]:
+    """Numbers with decimal commas as numbers, all else as it is."""
+    known = column.dropna().astype(str)
+    if len(known) and known.map(lambda value: DECIMAL.fullmatch(value) is not None).all():
+        return pd.to_numeric(column.str.replace(",", "."))
+    return column
