@@ -119,9 +119,7 @@ def _over_time(facts: Facts, has_clones: bool) -> list[Block]:
     shows += (
         ""
         if not len(table)
-        else (
-            " Right, from which state to which clones went that were seen at a time point and the next, each once."
-        )
+        else (" Right, from which state to which clones went that were seen at a time point and the next, each once.")
     )
     return [*_tracking(facts, shown, chosen, order), picture("flow", "States over time", shows, flow)]
 
