@@ -28,6 +28,18 @@ scvi-tools 1.4.2 (with anndata, scanpy, zarr and wandb where it relies on them) 
 inputs. {counts}
 
 """
+FURTHER = """
+## Longer runs
+
+They need `pip install 'carvae[test,dev]'`, and gcc on Linux for the first.
+
+| what | command |
+|---|---|
+| kills at random, and every call that changes a file failing in turn | `python scripts/kill_test.py --kills 200` |
+| fuzzing by coverage (targets `hdf5 zarr mtx text bundle`) | `python scripts/fuzz.py --target hdf5 --seconds 1200` |
+| mutants of gene names, label tree, splits, calibration, bundle | `python scripts/mutation.py --per-file 40` |
+| lines that tests reach | `pytest -n 2 --dist loadfile --cov carvae --cov-report term-missing --cov-fail-under 90` |
+"""
 
 
 @dataclass(slots=True)
@@ -138,6 +150,7 @@ def main() -> None:
     text += "\n".join(row for _, row in rows)
     text += "\n\n## Goals\n\n| | goal | reached | shown by | what is missing |\n|---|---|---|---|---|\n"
     text += "\n".join(goal_row(name, goal, by_test) for name, goal in goals.items()) + "\n"
+    text += FURTHER
     PAGE.write_text(text, encoding="utf-8")
     print(f"{PAGE}: {said}")
     sys.exit(int(bool(counts["wrong"] or counts["open"])))
