@@ -23,6 +23,7 @@ from scipy import sparse
 from carvae.data.atomic import replacing_file
 from carvae.data.gene_table import TABLES
 from carvae.data.genes import GeneTable
+from carvae.data.hdf5 import write_anndata
 from carvae.errors import LabelError
 
 Floats = NDArray[np.float64]
@@ -213,9 +214,8 @@ def write_studies(studies: Sequence[ad.AnnData], folder: Path) -> list[Path]:
     """Write each study to ``folder/<title>.h5ad`` and return the paths; a file appears only when it is whole."""
     paths = [folder / f"{study.uns['title']}.h5ad" for study in studies]
     for study, path in zip(studies, paths, strict=True):
-        # R and older Python cannot read nullable strings.
-        with replacing_file(path) as scratch, ad.settings.override(allow_write_nullable_strings=False):
-            study.write_h5ad(scratch, compression="gzip")
+        with replacing_file(path) as scratch:
+            write_anndata(study, scratch, compression="gzip")
     return paths
 
 

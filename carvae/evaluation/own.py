@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import anndata as ad
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from carvae.config import Config, StudyConfig
+from carvae.data.hdf5 import write_anndata
 from carvae.data.schema import NAMES
 from carvae.evaluation.cells import WHOLE, Point, Rows, Source
 from carvae.evaluation.task import Fitted, Floats, Said, Task, unsure
@@ -53,8 +53,7 @@ def fold_config(task: Task, output: Path, files: Path) -> Config:
     for name, parts in task.cells.studies(task.fold.train).items():
         (files / name).mkdir(parents=True, exist_ok=True)
         for k, part in enumerate(parts):
-            with ad.settings.override(allow_write_nullable_strings=False):
-                part.write_h5ad(files / name / f"{k}.h5ad")
+            write_anndata(part, files / name / f"{k}.h5ad")
         given = task.config.ingest.studies[name]
         studies[name] = StudyConfig(
             path=files / name,

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from carvae.data.atomic import replacing_file
+from carvae.data.hdf5 import write_anndata
 from carvae.model.bundle import Bundle
 
 PATIENTS, DAYS = ("P1", "P2"), (0, 28)
@@ -44,8 +45,8 @@ def write_sample(bundle: Bundle, path: Path, seed: int = 0) -> None:
     )
     var = pd.DataFrame(index=pd.Index(bundle.genes, dtype=object))
     sample = ad.AnnData(X=counts, obs=obs, var=var, uns={"title": "simulated by the model; no patient's cells"})
-    with replacing_file(path) as scratch, ad.settings.override(allow_write_nullable_strings=False):
-        sample.write_h5ad(scratch)
+    with replacing_file(path) as scratch:
+        write_anndata(sample, scratch)
 
 
 @torch.inference_mode()
