@@ -118,16 +118,14 @@ def annotate(
 
 def _with_report(job: Job, out: Path, page: Path, model: Path, settings: Config) -> Job:
     """The same job, after which the report on what it wrote is written."""
-    from carvae.report import refuse, run
+    from carvae.report import after, refuse
 
     def both() -> Path:
-        refuse(out, page)  # before any cell is labelled
-        labelled = job.run()
-        run(labelled, page, model=model, config=settings.report, clones=settings.clones, seed=settings.seed)
-        return labelled
+        refuse(out, page, model)  # before any cell is labelled
+        return after(job.run(), page, model, settings)
 
     def refused(bundle: Bundle) -> None:
-        refuse(out, page)
+        refuse(out, page, model)
         job.refuse(bundle)
 
     return replace(job, run=both, refuse=refused, written=lambda out: [*job.written(out), page])

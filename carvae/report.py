@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from carvae import __version__
-from carvae.config import PredictConfig, label_file
+from carvae.config import Config, PredictConfig, label_file
 from carvae.data.atomic import replacing_file
 from carvae.data.readers import open_samples
 from carvae.data.results import TABLES
@@ -114,7 +114,7 @@ def run(
         The file was not annotated, or by another model; nothing is written then.
     """
     config, clones = config or ReportConfig(), clones or ClonesConfig()
-    refuse(annotated, out)
+    refuse(annotated, out, model)
     cells = read_annotated(annotated, clones)
     cells.author(config.label)
     bundle = None if model is None else _bundle(model, cells)
@@ -154,6 +154,21 @@ def run(
     return out
 
 
+def after(labelled: Path, page: Path, model: Path, settings: Config) -> Path:
+    """Write the report on what was labelled just now, which stays whatever comes of the page; returns ``labelled``.
+
+    Raises
+    ------
+    CarvaeError
+        As `run`; says that the labels are there.
+    """
+    try:
+        run(labelled, page, model=model, config=settings.report, clones=settings.clones, seed=settings.seed)
+    except CarvaeError as error:
+        raise type(error)(f"{error}; the labels are in {labelled}, and `carvae report` makes the page") from None
+    return labelled
+
+
 def _without_names(facts: Facts) -> Facts:
     """The same, by numbers."""
     without = numbered(facts.cells, facts.cells.author(facts.config.label))
@@ -168,7 +183,7 @@ def _without_names(facts: Facts) -> Facts:
     )
 
 
-def refuse(annotated: Path, out: Path) -> None:
+def refuse(annotated: Path, out: Path, model: Path | None) -> None:
     """Raise what `run` refuses before it looks at the annotated file, which need not be there yet."""
     if annotated.name.endswith(TABLES):
         raise ReadError(
@@ -178,6 +193,8 @@ def refuse(annotated: Path, out: Path) -> None:
         raise ConfigError(f"--out {str(out)!r} is no page; end it in .html")
     if out.is_dir():
         raise ConfigError(f"--out {str(out)!r} is a folder; name a file in it")
+    if model is not None and model.resolve() in out.resolve().parents:
+        raise ConfigError(f"--out {str(out)!r} lies in the model; choose another folder")
     if annotated.suffix == ".zarr" and annotated.resolve() in out.resolve().parents:
         raise ConfigError(f"--out {str(out)!r} lies in the store that is reported on; choose another folder")
 

@@ -143,7 +143,7 @@ def test_the_demo_writes_its_page_and_can_run_again(
     assert f"accuracy {query.accuracy:.3f}, macro-F1 {query.macro_f1:.3f}" in steps[-1]
     listed = {path.name for path in out.iterdir()}
     table = {"studies", "model", "model.work", *(f"{demo.QUERY}_annotated.{end}" for end in demo.ENDINGS)}
-    assert listed == table | {f"{plot}.png" for plot in PLOTS} | {"index.html"}
+    assert listed == table | {f"{plot}.png" for plot in PLOTS} | {"index.html", demo.REPORT}
     assert all(name in written for name in table)
 
     def stop(*_: object) -> None:

@@ -62,6 +62,6 @@ def test_index_needs_no_network_and_knows_light_and_dark(tmp_path: Path) -> None
 
 
 def test_index_names_the_figures_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ReadError, match=r"lacks x\.png, y\.png; save the figures"):
+    with pytest.raises(ReadError, match=r"lacks x\.png, y\.png; save"):
         write_index(tmp_path, "Demo", [Figure("x.png", "X", ""), Figure("y.png", "Y", "")])
     assert not (tmp_path / "index.html").exists()

@@ -50,12 +50,18 @@ def test_a_labelled_map_takes_one_command(world: World, tmp_path: Path) -> None:
     for wrong, words in (
         (("--out", tmp_path / "A.csv"), "is a table of cells without counts"),
         (("--out", out, "--report", tmp_path / "A.pdf"), "is no page; end it in .html"),
+        (("--out", out, "--report", world.bundle / "A.html"), "lies in the model"),
     ):
         for more in ((), ("--dry-run",)):
             answer = carvae(*ask, *wrong, *more)
             assert answer.code == 1
             assert words in answer.err
             assert not list(tmp_path.iterdir()), "refused before any cell is labelled"
+    answer = carvae(*ask, "--out", out, "report.genes=[NOSUCH]")
+    assert answer.code == 1
+    assert f"the labels are in {out}, and `carvae report` makes the page" in answer.err
+    assert out.exists()
+    assert not page.exists()
     answer = carvae(*ask, "--out", out, "--json", "report.max_cells=100")
     assert answer.code == 0, answer.err
     assert json.loads(answer.out)["written"][-1] == str(page)

@@ -105,3 +105,10 @@ def test_what_cannot_be_made_again_is_refused(world: World, annotated: Path, tmp
     answer = carvae("reproduce", world.query_path, "--model", world.bundle)
     assert answer.code == 1
     assert "holds no labels of carvae" in answer.err
+
+
+def test_what_was_annotated_is_known_again_whatever_the_chunks(world: World, annotated: Path, tmp_path: Path) -> None:
+    again = tmp_path / "A.h5ad"
+    how = ("predict.min_counts=30", "predict.chunk_size=33")
+    assert carvae("annotate", world.query_path, "--model", world.bundle, "--out", again, *how).code == 0
+    assert ad.read_h5ad(again).uns["carvae"]["query"] == ad.read_h5ad(annotated).uns["carvae"]["query"]

@@ -38,6 +38,8 @@ def write_anndata(adata: ad.AnnData, path: Path, compression: str | None = None)
     adata.strings_to_categoricals()
     with ad.settings.override(allow_write_nullable_strings=False), writing_hdf5(path) as root:
         write_elem(root, "/", adata, dataset_kwargs={} if compression is None else {"compression": compression})
+        if adata.raw is None and "raw" in root:
+            del root["raw"]  # an empty one, which anndata cannot read when a file is backed
 
 
 class _Written(io.FileIO):

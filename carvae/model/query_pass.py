@@ -166,6 +166,7 @@ class Pass:
         digest = hashlib.sha256()
         for part in self.parts:
             digest.update(np.ascontiguousarray(part.total_N, np.int64).tobytes())
+        for part in self.parts:  # apart, so that nothing depends on where chunks end
             digest.update(np.ascontiguousarray(part.print_N, np.uint64).tobytes())
         return digest.hexdigest()
 

@@ -21,8 +21,9 @@ NUMBERED = {"sample": "sample", "patient": "patient", "study": "study", "product
 """Column of the contract -> what its values are called."""
 KEPT = ("tissue", "assay", "disease", "timepoint_days", "clone_size")
 """Columns of the contract that stay."""
-SHORT_TIME = re.compile(r"[A-Za-z_ +-]{0,12}\d{0,4}")
-"""A time point that is no date, such as D28."""
+MONTHS = "jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec"
+SHORT_TIME = re.compile(rf"(?!.*\b({MONTHS}))[a-z_ +-]{{0,12}}\d{{0,3}}", re.IGNORECASE)
+"""A time point that is no date, such as D28: without a year, and without a month."""
 NAMING_SETTINGS = ("sample", "sheet", "dask", "car")
 """Settings of the annotation that name columns, files, machines or constructs of one laboratory."""
 
