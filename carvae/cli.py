@@ -54,8 +54,8 @@ Out = Annotated[Path, typer.Option(help="Result: .h5ad, .zarr, .csv or .csv.gz; 
 FULL = "; nothing was changed: make room, and give the same command again"
 REMEDY = {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EFBIG: FULL, errno.EROFS: "; choose another output"}
 """What to do about an error of the system."""
-OUT_OF_MEMORY = re.compile("not enough memory|can't allocate memory|out of memory", re.IGNORECASE)
-"""What torch says instead of a MemoryError."""
+OUT_OF_MEMORY = re.compile("not enough memory|can't (allocate memory|start new thread)|out of memory", re.IGNORECASE)
+"""What torch, and Python of threads, say instead of a MemoryError."""
 
 
 @app.callback(invoke_without_command=True)
