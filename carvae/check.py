@@ -11,7 +11,6 @@ import json
 import math
 import resource
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,36 +25,23 @@ from carvae.config import Config, label_file
 from carvae.data.genes import GeneTable
 from carvae.data.memory import free_bytes
 from carvae.data.readers import CountsSource, open_samples
-from carvae.data.split import PatientSplit
-from carvae.data.store import CellStore
 from carvae.doctor import Finding, report
-from carvae.errors import CarvaeError, ConfigError, CountsError
-from carvae.ingest import Part, draft, open_all
+from carvae.errors import ConfigError, CountsError
+from carvae.ingest import Part, open_all
 from carvae.labels.axis import RESERVED
 from carvae.labels.cohort import CohortLabels, refuse_confounded
 from carvae.labels.signatures import Signatures
 from carvae.model.about import about_cells
 from carvae.model.bundle import Bundle
 from carvae.model.cell_clones import Asked
-from carvae.model.cohort import SOURCE, Cohort, check_covariates, labels_of
-from carvae.model.gene_view import MAX_CELLS
+from carvae.model.cohort import SOURCE, check_covariates, labels_of
 from carvae.model.query_pass import TOLD, Pass
-from carvae.model.witness import DEPTHS, OVERLAPS
-from carvae.train import fit
 
 CELLS_TRIED = 2048
 """Cells that are labelled to foretell time and memory."""
 BYTES_PER_CELL = 128
 """Kept of each cell until the end: its sample, totals, print, and what tables of samples are made of."""
 SHOWN = 12
-STEPS_TRIED, EPOCHS_TRIED = 8, 3
-"""Minibatches that training is tried on, and how often each."""
-FORWARD = 1 / 3
-"""Of a step, what a pass without gradients takes."""
-TOLD_HOW_SURE = len(DEPTHS) * len(OVERLAPS)
-"""Passes over the held-out cells of calibration, each with other counts and genes taken away."""
-FIRST_AND_LAST = 2
-"""Networks without those of calibration."""
 GIGABYTE = 1e9
 
 
@@ -183,8 +169,10 @@ def _of_training(
     batches = math.ceil(n_cells / settings.batch_size)
     epochs = max(settings.max_epochs, math.ceil(settings.min_steps / batches))
     networks = 1 + settings.calibration_folds + settings.refit
-    work = Work(n_cells, 0 if labels is None else _n_labelled(labels), epochs, batches, networks)
-    pace, why = _pace(parts, labels, config)
+    from carvae.forecast import Work, labelled, paced  # it trains, which a look at a query need not load
+
+    work = Work(n_cells, 0 if labels is None else labelled(labels), epochs, batches, networks)
+    pace, why = paced(parts, labels, config)
     free = free_bytes(device)
     facts: dict[str, Any] = {"device": str(device), "counts_bytes": int(counts), "free_bytes": int(free)}
     facts |= {"epochs": epochs, "steps": epochs * batches, "networks": networks, "reading_seconds": round(reading, 1)}
@@ -209,67 +197,6 @@ def _reading(sources: Sequence[CountsSource], n_cells: int) -> tuple[float, floa
         block = next(source.chunks(CELLS_TRIED))
         n_read, entries = n_read + block.shape[0], entries + block.nnz
     return 2 * (time.perf_counter() - begun) / n_read * n_cells, 4 * entries / n_read * n_cells
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """How much a training has to do."""
-
-    n_cells: int
-    n_labelled: int
-    epochs: int
-    batches: int
-    networks: int
-
-
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """Seconds that training takes here."""
-
-    step: float
-    """Of an optimiser step."""
-    besides: float
-    """Of what is done once for a network: its start, and the gene view of its head."""
-    n_labelled: int
-    """Labelled cells behind ``besides``."""
-
-    def of(self, work: Work, batch_size: int) -> float:
-        """Seconds of some work: all networks, and passes over cells that are held out and told how sure they are."""
-        grown = max(1.0, min(work.n_labelled, MAX_CELLS) / max(self.n_labelled, 1))
-        passes = work.epochs * work.n_cells if work.networks > 1 else 0
-        passes += TOLD_HOW_SURE * work.n_labelled if work.networks > FIRST_AND_LAST else 0
-        whole = work.networks * (work.epochs * work.batches * self.step + self.besides * grown)
-        return whole + FORWARD * self.step / batch_size * passes
-
-
-def _n_labelled(labels: CohortLabels) -> int:
-    return int(np.any([axis.code >= 0 for axis in labels.labels.axes], axis=0).sum())
-
-
-def _pace(parts: Sequence[Part], labels: CohortLabels | None, config: Config) -> tuple[Pace | None, str]:
-    """Train on a few cells by the clock, as `carvae train` does; None with the reason where that cannot be."""
-    if config.train.devices * config.train.num_nodes > 1:
-        return None, "since several processes would share the work"
-    short = {"min_steps": 0, "map_every": 0, "wandb": "disabled", "calibration_folds": 0}
-    try:
-        with tempfile.TemporaryDirectory(prefix="carvae-") as name, torch.random.fork_rng():
-            folder = Path(name)
-            rows = draft(parts, config, STEPS_TRIED * config.train.batch_size, folder / "store")
-            some = None if labels is None else CohortLabels(labels.tree, labels.labels.take(rows))
-            cohort = Cohort.of(CellStore(folder / "store"), some, config)
-            every = PatientSplit(np.arange(len(cohort.obs)), np.arange(0), ())
-            seconds = []
-            for run, epochs in enumerate((1, 1, 1 + EPOCHS_TRIED)):  # the first compiles
-                train = config.train.model_copy(update={**short, "max_epochs": epochs})
-                begun = time.perf_counter()
-                fit(cohort, every, config.model_copy(update={"train": train}), folder / f"fit{run}")
-                seconds.append(time.perf_counter() - begun)
-    except CarvaeError as error:
-        return None, f"since a try on {STEPS_TRIED} minibatches failed ({error})"
-    batches = math.ceil(len(cohort.obs) / config.train.batch_size)
-    step = max(seconds[2] - seconds[1], 0.0) / (EPOCHS_TRIED * batches)
-    n_labelled = 0 if some is None else _n_labelled(some)
-    return Pace(step, max(seconds[1] - step * batches, 0.0), n_labelled), ""
 
 
 def _with_model(query: Path, work: Pass, config: Config) -> Checked:

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from trained import World, carvae, settings, sha256, write_config
 
-from carvae.check import FORWARD, MAX_CELLS, Pace, Work, of_config, of_query
+from carvae.check import of_config, of_query
 from carvae.config import Config
+from carvae.forecast import FORWARD, MAX_CELLS, Pace, Work
 from carvae.model.bundle import load
 from carvae.model.cell_clones import Asked
 
