@@ -107,18 +107,26 @@ def state_held_out(cohort: Cohort, fold: PatientSplit, state: str, settings: Set
     print(f"{path.stem}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
 
 
+def network_of(cohort: Cohort, fold: PatientSplit, config: Config, place: Path) -> Network:
+    """The network of a group of patients, trained once: ``place`` keeps its weights."""
+    if not place.exists():
+        found = fit(cohort, PatientSplit(fold.train, fold.train[:0], ()), config, place.parent / "fit").network
+        torch.save(found.state_dict(), place)
+    parts = leaf_parts(cohort.tree, config.model)
+    network = Network(len(cohort.store.header.genes), cohort.n_categories, parts, config.model)
+    network.load_state_dict(torch.load(place, weights_only=True))
+    return network.eval()
+
+
 def with_all_states(cohort: Cohort, fold: PatientSplit, settings: Settings, place: Path) -> tuple[Network, Witness]:
-    """The network of a group with all states, kept as weights, and what its held-out patients show."""
-    rows = fold.train
-    if place.exists():
-        model = settings.config.model
-        network = Network(len(cohort.store.header.genes), cohort.n_categories, leaf_parts(cohort.tree, model), model)
-        network.load_state_dict(torch.load(place, weights_only=True))
-    else:
-        network = fit(cohort, PatientSplit(rows, rows[:0], ()), settings.config, settings.out / "fit").network
-        torch.save(network.state_dict(), place)
-    rng = np.random.default_rng((settings.config.seed, 4))
+    """The network of a group with all states, and what its held-out patients show."""
+    network, rng = network_of(cohort, fold, settings.config, place), np.random.default_rng((settings.config.seed, 4))
     return network, witness(network, cohort, fold, settings.config.ingest.identity_genes, rng)
+
+
+def auroc(known: NDArray[np.floating], strange: NDArray[np.floating]) -> float:
+    """Of strange cells against known ones."""
+    return float(roc_auc_score(np.repeat([0, 1], [known.size, strange.size]), np.append(known, strange)))
 
 
 def aurocs(tables: list[pd.DataFrame], trust: list[Trust]) -> dict[str, dict[str, float]]:
@@ -129,8 +137,8 @@ def aurocs(tables: list[pd.DataFrame], trust: list[Trust]) -> dict[str, dict[str
         bins = known.bins.of(table["counts"].to_numpy(float), 1.0)
         scores = table[[*VIEWS, *PEERS]].assign(carvae=known.scale.novelty(table[list(VIEWS)].to_numpy(), bins))
         for name in scores:
-            auroc = float(roc_auc_score(table["new"], scores[name]))
-            found.setdefault(str(name), {}).setdefault(table["state"].iloc[0], []).append((auroc, table["new"].sum()))
+            own = float(roc_auc_score(table["new"], scores[name]))
+            found.setdefault(str(name), {}).setdefault(table["state"].iloc[0], []).append((own, table["new"].sum()))
     return {
         name: {state: round(sum(a * n for a, n in runs) / sum(n for _, n in runs), 3) for state, runs in states.items()}
         for name, states in found.items()
@@ -156,15 +164,11 @@ def foreign(
     judged = trust.judge(network, counts, present)
     own = seen.cells.take(np.flatnonzero(seen.cells.known_N & seen.cells.whole_N))
     held = trust.scale.novelty(own.view_NT, trust.bins.of(own.counts_N, own.overlap_N))
-
-    def auroc(known: NDArray[np.floating], strange: NDArray[np.floating]) -> float:
-        return round(float(roc_auc_score(np.repeat([0, 1], [known.size, strange.size]), np.append(known, strange))), 3)
-
     unknown = trust.unknown(judged)
     kinds = {name: round(float(1 - unknown[kind == name].mean()), 3) for name in np.unique(kind[~is_t])}
     return {
-        "auroc_against_held_out_car_t": auroc(held, judged.novelty_N[~is_t]),
-        "auroc_against_their_t_cells": auroc(judged.novelty_N[is_t], judged.novelty_N[~is_t]),
+        "auroc_against_held_out_car_t": round(auroc(held, judged.novelty_N[~is_t]), 3),
+        "auroc_against_their_t_cells": round(auroc(judged.novelty_N[is_t], judged.novelty_N[~is_t]), 3),
         "called_a_t_state": round(float(1 - unknown[~is_t].mean()), 3),
         "called_a_t_state_by_kind": kinds,
         "their_t_cells_unknown": round(float(unknown[is_t].mean()), 3),
@@ -205,16 +209,21 @@ def run(settings: Settings) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Parse the command line, run, and end with one line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def settings_of(doc: str | None, name: str) -> Settings:
+    """What the command line asks of a bench on CARPALL and foreign cells."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--foreign", type=Path, required=True)
     parser.add_argument("--config", type=Path, default=Path("configs/carpall.yaml"))
-    parser.add_argument("--out", type=Path, default=Path("runs/bench_novelty"))
+    parser.add_argument("--out", type=Path, default=Path("runs") / name)
     given = parser.parse_args()
     overrides = [f"output={given.out / 'model'}", f"ingest.studies.carpall.path={given.data}", "train.wandb=disabled"]
-    result = run(Settings(Config.read(given.config, overrides), given.foreign, given.out))
+    return Settings(Config.read(given.config, overrides), given.foreign, given.out)
+
+
+def main() -> None:
+    """Parse the command line, run, and end with one line of JSON."""
+    result = run(settings_of(__doc__, "bench_novelty"))
     print(pd.DataFrame(result["states"]).T.assign(mean=pd.Series(result["mean"])).to_string())
     print(json.dumps(result))
 

@@ -10,38 +10,31 @@ more patients. The last line is one line of JSON. Axes: N cells, T views.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import anndata as ad
 import numpy as np
 import scipy.sparse as sp
-import torch
+from bench_novelty import T_STATES, auroc, foreign_cells, network_of, settings_of
 from numpy.typing import NDArray
-from sklearn.metrics import roc_auc_score
 
 import carvae
 from carvae.config import Config
-from carvae.data.genes import GeneTable, align
 from carvae.data.simulate import STUDIES, SimulationSettings, simulate_studies, write_studies
-from carvae.data.split import PatientSplit, patient_folds
+from carvae.data.split import patient_folds
 from carvae.data.store import CellStore
 from carvae.demo import programmes
 from carvae.ingest import run as ingest
-from carvae.model.bundle import leaf_parts
 from carvae.model.cohort import Cohort
 from carvae.model.membership import Faced, face, membership
 from carvae.model.network import Network
 from carvae.model.novelty import observe, views, without_decoded
 from carvae.model.trust import Trust
 from carvae.model.witness import Witness, learn, reference_of, witness
-from carvae.train import fit
 
-T_STATES = ("CD4", "CD8", "Treg")
 SIMULATED = ((20, 60), (60, 60))
 """Patients, and cells of each, in the simulated studies."""
 FOLDS = 5
@@ -58,28 +51,7 @@ class Foreign:
     @classmethod
     def read(cls, path: Path, genes: tuple[str, ...]) -> Foreign:
         """The labelled cells of a file."""
-        adata = ad.read_h5ad(path)
-        kind_N = adata.obs["cell_type"].astype(str).to_numpy(dtype=str)
-        alignment = align(GeneTable.default().resolve(tuple(adata.var_names), None), genes)
-        labelled_N = kind_N != "Unlabelled"
-        counts = alignment.apply(sp.csr_matrix(adata.X))[labelled_N]
-        return cls(counts, np.asarray(alignment.present), kind_N[labelled_N])
-
-
-def network_of(cohort: Cohort, fold: PatientSplit, config: Config, place: Path) -> Network:
-    """The network of a fold, trained once."""
-    if not place.exists():
-        found = fit(cohort, PatientSplit(fold.train, fold.train[:0], ()), config, place.parent / "fit").network
-        torch.save(found.state_dict(), place)
-    parts = leaf_parts(cohort.tree, config.model)
-    network = Network(len(cohort.store.header.genes), cohort.n_categories, parts, config.model)
-    network.load_state_dict(torch.load(place, weights_only=True))
-    return network.eval()
-
-
-def auroc(known: NDArray[np.floating], strange: NDArray[np.floating]) -> float:
-    """Of strange cells against known ones."""
-    return float(roc_auc_score(np.repeat([0, 1], [known.size, strange.size]), np.append(known, strange)))
+        return cls(*foreign_cells(path, genes))
 
 
 def strangers(trust: Trust, seen: Witness, network: Network, foreign: Foreign) -> dict[str, float]:
@@ -150,16 +122,10 @@ def simulated(n_patients: int, n_cells: int, out: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Parse the command line, run, and end with one line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--foreign", type=Path, required=True)
-    parser.add_argument("--config", type=Path, default=Path("configs/carpall.yaml"))
-    parser.add_argument("--out", type=Path, default=Path("runs/bench_share"))
-    given = parser.parse_args()
+    asked = settings_of(__doc__, "bench_share")
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    overrides = [f"output={given.out / 'model'}", f"ingest.studies.carpall.path={given.data}", "train.wandb=disabled"]
-    result = real(Config.read(given.config, overrides), given.foreign, given.out)
-    result["simulated"] = {str(n): simulated(n, cells, given.out) for n, cells in SIMULATED}
+    result = real(asked.config, asked.foreign, asked.out)
+    result["simulated"] = {str(n): simulated(n, cells, asked.out) for n, cells in SIMULATED}
     print(json.dumps(result))
 
 
