@@ -201,12 +201,7 @@ def refuse(annotated: Path, out: Path, model: Path | None) -> None:
 
 def _bundle(model: Path, cells: Annotated) -> Bundle:
     bundle = load(model)
-    if bundle.bundle_id != cells.made["bundle_id"]:
-        raise ConfigError(
-            f"{cells.path} was annotated by the model {cells.made['bundle_id']}, and {model} is {bundle.bundle_id}; "
-            "give "
-            "the model that it was annotated by, or annotate again"
-        )
+    cells.refuse_other(bundle.bundle_id, model, "give the model that it was annotated by, or annotate again")
     return bundle
 
 

@@ -11,7 +11,6 @@ import logging
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from carvae.ingest import store_path, work_folder
 from carvae.model.bundle import Bundle, load
 from carvae.model.cell_clones import Asked
 from carvae.page.annotated import Annotated, read_annotated
+from carvae.page.reproduce import version_of
 from carvae.predict import run as annotate
 from carvae.section_patient import ClonesConfig
 from carvae.train import run as train
@@ -144,11 +144,7 @@ def _gap(first_NK: NDArray[np.floating], second_NK: NDArray[np.floating]) -> flo
 def _annotated(output: Path, model: Path, query: Path | None) -> Reproduced:
     cells = read_annotated(output, ClonesConfig())
     bundle = load(model, "cpu")
-    if bundle.bundle_id != cells.made["bundle_id"]:
-        raise ConfigError(
-            f"{output} was annotated by the model {cells.made['bundle_id']}, and {model} is {bundle.bundle_id}; give "
-            "the model that it was annotated by"
-        )
+    cells.refuse_other(bundle.bundle_id, model, "give the model that it was annotated by")
     known = PredictConfig.model_fields
     settings = {
         name: value for name, value in cells.settings.items() if name in known and name not in {"sheet", "dask"}
@@ -198,14 +194,7 @@ def _versions(carvae_version: str, libraries: Mapping[str, str]) -> list[str]:
     """What was another version then, of carvae and of the libraries that were recorded."""
     found = []
     for name, then in {"carvae": carvae_version, **libraries}.items():
-        now = __version__ if name == "carvae" else _version(name)
+        now = __version__ if name == "carvae" else version_of(name)
         if now != then:
             found.append(f"{name} {then} then, {now} now")
     return found
-
-
-def _version(library: str) -> str:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return "not installed"

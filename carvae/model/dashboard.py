@@ -93,7 +93,7 @@ def _confusion(axis: str, score: AxisScores) -> Any:
     """W&B's own picture of a confusion matrix."""
     cells: list[Any] = [
         [true, called, int(n)]
-        for true, row in zip(score.leaves, score.confusion, strict=True)
+        for true, *row in score.confusion_rows()
         for called, n in zip(score.leaves, row, strict=True)
     ]
     fields = {"Actual": "Actual", "Predicted": "Predicted", "nPredictions": "nPredictions"}

@@ -227,7 +227,7 @@ class Objective(lightning.LightningModule):
 
     def _optimise(self, batch: Minibatch) -> dict[str, Tensor]:
         """One optimiser step; returns the terms of the loss."""
-        optimizer: Any = self.optimizers(use_pl_optimizer=False)  # Lightning's own wrapper costs 3% of a small step
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)  # without Lightning's wrapper: hooks of nobody
         loss, parts, _ = self._loss(batch, self.thin, self.get_buffer("kl_weight"))
         for parameter in self.parameters():
             parameter.grad = None

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from carvae.data.results import LATENT, samples_path
 from carvae.data.schema import query_obs
 from carvae.data.spreadsheet import neutral_text
-from carvae.errors import ReadError
+from carvae.errors import ConfigError, ReadError
 from carvae.labels.axis import RESERVED, main_first
 from carvae.model.bundle_files import hash_of
 from carvae.section_patient import ClonesConfig
@@ -104,6 +104,13 @@ class Annotated:
     def settings(self) -> dict[str, Any]:
         """Settings of `carvae annotate`, section ``predict``."""
         return dict(json.loads(self.made["settings"]))
+
+    def refuse_other(self, bundle_id: str, model: Path, remedy: str) -> None:
+        """Raise ConfigError where another than the given model annotated the file."""
+        if bundle_id != self.made["bundle_id"]:
+            raise ConfigError(
+                f"{self.path} was annotated by the model {self.made['bundle_id']}, and {model} is {bundle_id}; {remedy}"
+            )
 
     @property
     def scores(self) -> pd.DataFrame:

@@ -116,11 +116,8 @@ def _over_time(facts: Facts, has_clones: bool) -> list[Block]:
     shows = f"The states of all cells of a patient at each time point, with numbers of cells.{more}"
     if not has_clones:
         return [picture("flow", "States over time", shows, flow)]
-    shows += (
-        ""
-        if not len(table)
-        else (" Right, from which state to which clones went that were seen at a time point and the next, each once.")
-    )
+    if len(table):
+        shows += " Right, from which state to which clones went that were seen at a time point and the next, each once."
     return [*_tracking(facts, shown, chosen, order), picture("flow", "States over time", shows, flow)]
 
 

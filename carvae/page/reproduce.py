@@ -42,7 +42,7 @@ def section(facts: Facts) -> Section:
             f"{__version__} wrote this page, {made['carvae_version']} annotated, {made['trained_with']} trained",
         ),
         ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
-        ("libraries", ", ".join(f"{name} {_version(name)}" for name in LIBRARIES)),
+        ("libraries", ", ".join(f"{name} {version_of(name)}" for name in LIBRARIES)),
         ("seeds", f"{made['seed']} in training, {facts.seed} for this page"),
     ]
     blocks: list[Block] = [
@@ -60,7 +60,8 @@ def references(facts: Facts) -> str:
     return "\n".join(f"{i}. {CITATIONS[key]}" for i, key in enumerate(_cited(facts), 1))
 
 
-def _version(library: str) -> str:
+def version_of(library: str) -> str:
+    """Of an installed library; says so where it is not."""
     try:
         return version(library)
     except PackageNotFoundError:
@@ -150,7 +151,7 @@ def methods(facts: Facts) -> str:
         )
     if "umap" in number:
         said.append(
-            f"The map is UMAP of the latent coordinates (umap-learn {_version('umap-learn')}) {number['umap']}."
+            f"The map is UMAP of the latent coordinates (umap-learn {version_of('umap-learn')}) {number['umap']}."
         )
     said.append(f"Data were kept as AnnData {number['anndata']}.")
     return " ".join(said)
