@@ -23,7 +23,7 @@ from carvae.data.spreadsheet import write_table
 from carvae.errors import ConfigError, CountsError, SchemaError
 from carvae.labels.axis import RESERVED
 from carvae.labels.signatures import Signatures
-from carvae.model.attribution import Attribution, Baseline, attribute, baseline, normalised
+from carvae.model.attribution import Asked, Attribution, Baseline, attribute, baseline, measured_share, normalised
 from carvae.model.bundle import Bundle
 from carvae.model.machine import load_on
 from carvae.model.query import UNKNOWN, Calls, Query, Samples, calls, read, refuse_place
@@ -153,7 +153,8 @@ def _explained(
     """The tables of states and of single cells."""
     assert bundle.tree is not None
     panel = cells.query.panel
-    best = {axis: p_NS.argmax(1) for axis, p_NS in bundle.network.predict(panel).probability_NS.items()}
+    found = bundle.network.predict(panel, present_G=cells.query.present_G)
+    best = {axis: p_NS.argmax(1) for axis, p_NS in found.probability_NS.items()}
     states, singles, errors = [], [], [np.zeros(0)]
     for axis in bundle.axes:
         label_N, leaves = np.where(cells.drawn_N, said[axis].label_N, UNKNOWN), bundle.tree[axis].leaves
@@ -169,7 +170,7 @@ def _explained(
                 axis,
                 MIN_CELLS,
             )
-        start = baseline(panel, label_N, MIN_CELLS)
+        start = baseline(panel, label_N, MIN_CELLS, measured_share(bundle.network, cells.query.present_G))
         sums = _Sums.empty(len(leaves), panel.shape[1])
         for part, rows in _attributed(bundle, cells, start, axis, best[axis]):
             sums.add(part, label_N[rows])
@@ -193,7 +194,8 @@ def _attributed(
     """Some cells at a time, with their places."""
     for first in range(0, len(leaf_N), CELLS_AT_A_TIME):
         rows = np.arange(first, min(first + CELLS_AT_A_TIME, len(leaf_N)))
-        yield attribute(bundle.network, cells.query.panel[rows], start, axis, leaf_N[rows]), rows
+        asked = Asked(cells.query.panel[rows], axis, leaf_N[rows], cells.query.present_G)
+        yield attribute(bundle.network, asked, start), rows
 
 
 @dataclass(frozen=True, slots=True)

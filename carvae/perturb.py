@@ -196,7 +196,7 @@ def _unread(bundle: Bundle, cells: Cells, what: Intervention) -> str:
 def _answer(bundle: Bundle, cells: Cells, panel: sp.csr_matrix) -> Answer:
     assert bundle.tree is not None
     if bundle.trust is None:
-        probability = dict(bundle.network.predict(panel).probability_NS)
+        probability = dict(bundle.network.predict(panel, present_G=cells.query.present_G).probability_NS)
     else:
         probability = bundle.trust.probability(bundle.network, panel, cells.query.present_G)
     if bundle.responder is None:

@@ -43,6 +43,7 @@ from carvae.model.bundle import Bundle, Provenance, leaf_parts, libraries
 from carvae.model.bundle_files import check_place
 from carvae.model.card import write_card
 from carvae.model.cohort import Cohort
+from carvae.model.completion import fit_completion
 from carvae.model.gene_view import fit_gene_view
 from carvae.model.held_out import held_out_metrics
 from carvae.model.membership import Faced, face, membership
@@ -259,6 +260,8 @@ def fit(cohort: Cohort, split: PatientSplit, config: Config, folder: Path) -> Fi
     if processes.rank() == 0:  # from the store: of resident counts it may have its own shards alone
         data, rng = cohort.data(split.train, config), np.random.default_rng((config.seed, 4))
         fit_gene_view(network.head, data, split.train, list(cohort.allowed().values()), config.model, rng)
+        if network.head.names:
+            fit_completion(network.head.completion, network.vae.encoder, data, split.train, rng)
     return Fit(network, n_trained)
 
 

@@ -21,7 +21,7 @@ from carvae.errors import ConfigError
 from carvae.explain import REST
 from carvae.labels.signatures import Signatures
 from carvae.labels.tree import LabelTree
-from carvae.model.attribution import Baseline, attribute, baseline
+from carvae.model.attribution import Asked, Baseline, attribute, baseline
 from carvae.model.bundle import Bundle, load
 from carvae.model.network import Network
 
@@ -38,6 +38,7 @@ def a_network(inverse_depth: float) -> Network:
         if "parts" not in name:
             tensor.copy_(torch.randn(tensor.shape))
     network.head.get_buffer("inverse_depth").fill_(inverse_depth)
+    network.head.get_buffer("depth_power").fill_(1)
     return network.eval()
 
 
@@ -51,7 +52,7 @@ def log_odds(network: Network, axis: str) -> np.ndarray[Any, Any]:
 @pytest.mark.parametrize("inverse_depth", [0.0, 0.05, 1e6], ids=["latent alone", "both", "genes alone"])
 def test_terms_add_up_to_the_change_of_the_mixed_log_odds(inverse_depth: float) -> None:
     network, axis = a_network(inverse_depth), TREE.axes[0].name
-    found = attribute(network, PANEL, baseline(PANEL, LEAF_N, 5), axis, LEAF_N)
+    found = attribute(network, Asked(PANEL, axis, LEAF_N), baseline(PANEL, LEAF_N, 5))
     expected_N = log_odds(network, axis)[np.arange(30), LEAF_N]
     np.testing.assert_allclose(found.log_odds_N, expected_N, atol=1e-4)
     change_N = found.log_odds_N - found.baseline_N
@@ -67,7 +68,7 @@ def test_the_gene_view_is_exact() -> None:
     """Of the genes alone: a gene's term is the change of the log-odds when it alone changes."""
     network, axis = a_network(1e6), TREE.axes[0].name
     start = Baseline(np.zeros(12, np.float32), np.zeros(12, np.float32))
-    found = attribute(network, PANEL, start, axis, LEAF_N)
+    found = attribute(network, Asked(PANEL, axis, LEAF_N), start)
     np.testing.assert_allclose(found.error(), 0, atol=1e-4)
     classifier = network.head.axes[0]
     weight_GS = classifier.get_buffer("gene_weight_GF") @ classifier.get_buffer("parts_SF").t()
@@ -94,7 +95,7 @@ def test_the_latent_view_equals_integrated_gradients_over_all_genes() -> None:
     expected = IntegratedGradients(forward).attribute(
         log1p_NG, from_NG, target=torch.from_numpy(LEAF_N), n_steps=128, method="gausslegendre"
     )
-    found = attribute(network, PANEL, start, axis, LEAF_N)
+    found = attribute(network, Asked(PANEL, axis, LEAF_N), start)
     np.testing.assert_allclose(found.latent_NG, expected.detach().numpy(), atol=1e-4)
 
 
@@ -117,7 +118,7 @@ def test_without_captum_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ConfigError, match=r"needs Captum; install it with: pip install 'carvae\[explain\]'"):
-        attribute(a_network(0.1), PANEL, baseline(PANEL, LEAF_N, 5), TREE.axes[0].name, LEAF_N)
+        attribute(a_network(0.1), Asked(PANEL, TREE.axes[0].name, LEAF_N), baseline(PANEL, LEAF_N, 5))
 
 
 @pytest.fixture(scope="module")

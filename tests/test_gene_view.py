@@ -15,8 +15,9 @@ from carvae.data.loader import CellData
 from carvae.data.residence import Resident
 from carvae.data.sparse import CompactCSR, CountsCSR
 from carvae.model import gene_view
+from carvae.model.completion import COUNTS_PER_CELL
 from carvae.model.gene_view import fit_gene_view
-from carvae.model.heads import COUNTS_PER_CELL, StateHead
+from carvae.model.heads import StateHead
 
 N, G, S = 150, 20, 3
 CONFIG = ModelConfig(n_latent=2, n_hidden=4, gene_penalty=0.01)

@@ -77,7 +77,7 @@ class _Own:
         network, trust = self.bundle.network, self.bundle.trust
         parts: list[Said] = []
         for panel, present_G in self._panels(rows, point):
-            raw_NS = self._spread(network.predict(panel).probability_NS[self.task.cells.axis])
+            raw_NS = self._spread(network.predict(panel, present_G=present_G).probability_NS[self.task.cells.axis])
             if trust is None:
                 parts.append(Said(raw_NS, unsure(raw_NS)))
                 continue

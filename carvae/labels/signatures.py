@@ -8,6 +8,7 @@ Axes of arrays: N cells, G genes, C signatures that compete on an axis.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -333,7 +334,7 @@ def _number(
         number = float(given)
     except (TypeError, ValueError):
         number = np.nan
-    if at_least <= number <= at_most:
+    if at_least <= number <= at_most and math.isfinite(number):
         return number
     limits = f"at least {at_least:g}" + (f" and at most {at_most:g}" if at_most < np.inf else "")
     problems.append(f"`{key}` must be a number, {limits}; found {given!r}")

@@ -5,10 +5,11 @@ views' logits, so that a cell's log-odds less those of a baseline are the sum ov
 that the head gives the genes of the cell:
 
 * gene view: ``w * weight * (value - baseline value)``, the weight less its mean over the states;
-* latent view: ``(1 - w)`` times the integrated gradients (Sundararajan et al. 2017, arXiv:1703.01365) of encoder and
-  latent classifier from the baseline to the cell. The encoder's first layer is linear in the genes, so the gradients
-  are averaged at its H outputs (by Captum) and then go through its weights: the same numbers as over all genes, at a
-  small part of the cost.
+* latent view: the integrated gradients (Sundararajan et al. 2017, arXiv:1703.01365) from the baseline to the cell of
+  ``(1 - w)`` times encoder and latent classifier, and of what the gene view expects of genes that were not measured,
+  which the latent coordinates say. The encoder's first layer is linear in the genes, so the gradients are averaged at
+  its H outputs (by Captum) and then go through its weights: the same numbers as over all genes, at a small part of the
+  cost.
 
 Axes: N cells, G genes, H hidden, S leaves of one label axis.
 """
@@ -16,6 +17,7 @@ Axes: N cells, G genes, H hidden, S leaves of one label axis.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from carvae.data.sparse import CountsCSR
 from carvae.errors import ConfigError
-from carvae.model.heads import log_normalised
+from carvae.model.completion import log_normalised
 from carvae.model.network import Network
 
 Floats = NDArray[np.float32]
@@ -62,65 +64,80 @@ class Attribution:
         return np.asarray(whole - (self.log_odds_N - self.baseline_N))
 
 
-def baseline(panel: sp.csr_matrix, group_N: NDArray[np.integer], min_cells: int) -> Baseline:
+def measured_share(network: Network, present_G: NDArray[np.bool_] | None) -> float:
+    """Share of a cell's counts that the genes which were measured are expected to have."""
+    completion = network.head.completion
+    absent_A = completion.absent(present_G)
+    return 1.0 if absent_A is None else float(completion.measured_share(absent_A))
+
+
+def baseline(panel: sp.csr_matrix, group_N: NDArray[np.integer], min_cells: int, share: float = 1.0) -> Baseline:
     """The mean over groups of the mean of their cells, so that a common state does not rule.
+
+    ``share`` is that of `measured_share`.
 
     Groups with fewer than ``min_cells`` cells are left out, and negative ones; where none is left all cells are one.
     """
-    log1p = panel.astype(np.float32).log1p()
+    read = panel.astype(np.float32).log1p(), normalised(panel, share)
     large = [g for g in np.unique(group_N[group_N >= 0]) if (group_N == g).sum() >= min_cells]
     members = [np.flatnonzero(group_N == g) for g in large] or [np.arange(panel.shape[0])]
-    means = [[np.asarray(x[cells].mean(axis=0)).ravel() for cells in members] for x in (log1p, normalised(panel))]
+    means = [[np.asarray(x[cells].mean(axis=0)).ravel() for cells in members] for x in read]
     return Baseline(*(np.mean(m, axis=0).astype(np.float32) for m in means))
 
 
-def normalised(panel: sp.csr_matrix) -> sp.csr_matrix:
-    """The values that the gene view reads, [N, G]."""
-    value_M = log_normalised(CountsCSR.from_scipy(panel)).numpy()
+def normalised(panel: sp.csr_matrix, share: float = 1.0) -> sp.csr_matrix:
+    """The values that the gene view reads, [N, G]; ``share`` is that of `measured_share`."""
+    value_M = log_normalised(CountsCSR.from_scipy(panel), share).numpy()
     return sp.csr_matrix((value_M, panel.indices, panel.indptr), shape=panel.shape)
 
 
-def attribute(
-    network: Network, panel: sp.csr_matrix, start: Baseline, axis: str, leaf_N: NDArray[np.integer]
-) -> Attribution:
-    """What each gene adds to the log-odds of a leaf of each cell; dense, so give some hundred cells at a time.
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Cells, and which leaf of a label axis is explained in each."""
+
+    panel: sp.csr_matrix
+    """Counts, [N, G]; dense later, so give some hundred cells at a time."""
+    axis: str
+    leaf_N: NDArray[np.integer]
+    present_G: NDArray[np.bool_] | None = None
+    """Genes that were measured; by default all."""
+
+
+def attribute(network: Network, asked: Asked, start: Baseline) -> Attribution:
+    """What each gene adds to the log-odds of a leaf of each cell.
 
     Parameters
     ----------
     network
         With a state head.
-    panel
-        Counts, [N, G].
+    asked
+        The cells.
     start
         The baseline.
-    axis, leaf_N
-        Label axis, and the leaf of it that is explained in each cell.
 
     Raises
     ------
     ConfigError
         Captum is not installed.
     """
-    view = _Views(network.eval(), axis)
-    cells = CountsCSR.from_scipy(panel).to(view.device)
-    leaf_N1 = torch.from_numpy(np.asarray(leaf_N, np.int64)).to(view.device)[:, None]
+    view = _Views(network.eval(), asked.axis, asked.present_G)
+    cells = CountsCSR.from_scipy(asked.panel).to(view.device)
+    leaf_N1 = torch.from_numpy(np.asarray(asked.leaf_N, np.int64)).to(view.device)[:, None]
     log1p_NG = _dense(cells, cells.count_M.log1p())
-    value_NG = _dense(cells, log_normalised(cells))
+    value_NG = _dense(cells, log_normalised(cells, view.share))
     from_G, value_from_G = (torch.from_numpy(x).to(view.device) for x in (start.log1p_G, start.normalised_G))
     with torch.no_grad():
-        weight_N1 = view.weight(cells)
+        weight_N1 = network.head.gene_weight(cells, view.absent_A)
         gene_GS = view.gene_weight()
         gene_NG = weight_N1 * (value_NG - value_from_G) * gene_GS.t()[leaf_N1[:, 0]]
         first_NH, from_NH = view.first(log1p_NG), view.first(from_G[None]).expand(len(log1p_NG), -1)
-    mean_gradient_NH = _mean_gradient(view, first_NH, from_NH, leaf_N1[:, 0])
+    mean_gradient_NH = _mean_gradient(view, (first_NH, from_NH), leaf_N1[:, 0], weight_N1)
     with torch.no_grad():
-        through_NG = mean_gradient_NH @ network.vae.encoder.first.weight_GH.t()
-        latent_NG = (1 - weight_N1) * (log1p_NG - from_G) * through_NG
-        bias_S = view.gene_bias()
+        latent_NG = (log1p_NG - from_G) * (mean_gradient_NH @ network.vae.encoder.first.weight_GH.t())
         odds = []
         for hidden_NH, of_gene_NG in ((first_NH, value_NG), (from_NH, value_from_G[None])):
-            by_gene_NS = of_gene_NG @ gene_GS + bias_S
-            both_NS = torch.lerp(view.latent(hidden_NH), by_gene_NS.expand(len(hidden_NH), -1), weight_N1)
+            by_gene_NS = of_gene_NG @ gene_GS + view.gene_bias()
+            both_NS = view.through(hidden_NH, weight_N1) + weight_N1 * by_gene_NS
             odds.append(both_NS.gather(1, leaf_N1)[:, 0])
     return Attribution(*(x.cpu().numpy() for x in (gene_NG, latent_NG, *odds)))
 
@@ -128,14 +145,11 @@ def attribute(
 class _Views:
     """The two views of a head on one label axis, their logits less the mean over the leaves."""
 
-    def __init__(self, network: Network, axis: str) -> None:
+    def __init__(self, network: Network, axis: str, present_G: NDArray[np.bool_] | None) -> None:
         self.network, self.device = network, network.vae.device
         self.classifier = network.head.axes[network.head.names.index(axis)]
-
-    def weight(self, cells: CountsCSR) -> Tensor:
-        """Weight of the gene view in each cell, [N, 1]."""
-        relative_N = cells.library_N() * self.network.head.get_buffer("inverse_depth")
-        return (relative_N / (relative_N + 1))[:, None]
+        self.absent_A = network.head.completion.absent(present_G)
+        self.share = measured_share(network, present_G)
 
     def gene_weight(self) -> Tensor:
         """[G, S]."""
@@ -150,27 +164,32 @@ class _Views:
         layer = self.network.vae.encoder.first
         return log1p_NG @ layer.weight_GH + layer.bias_H
 
-    def latent(self, first_NH: Tensor) -> Tensor:
-        """Logits of the latent view from the first layer on, [N, S]."""
-        encoder = self.network.vae.encoder
-        return self._centred(self.classifier(encoder.mean(encoder.later_layers(first_NH))))
+    def through(self, first_NH: Tensor, weight_N1: Tensor) -> Tensor:
+        """What comes of the first layer by way of the latent coordinates, [N, S]."""
+        encoder, head = self.network.vae.encoder, self.network.head
+        z_NK = encoder.mean(encoder.later_layers(first_NH))
+        through_NS = (1 - weight_N1) * self.classifier(z_NK)
+        if self.absent_A is not None:
+            expected: Any = self.classifier.expected_logits
+            through_NS = through_NS + weight_N1 * expected(head.completion, z_NK, self.absent_A)
+        return self._centred(through_NS)
 
     @staticmethod
     def _centred(logits_NS: Tensor) -> Tensor:
         return logits_NS - logits_NS.mean(-1, keepdim=True)
 
 
-def _mean_gradient(view: _Views, first_NH: Tensor, from_NH: Tensor, leaf_N: Tensor) -> Tensor:
-    """Mean over the path of the gradient of each cell's leaf, [N, H]."""
+def _mean_gradient(view: _Views, ends: tuple[Tensor, Tensor], leaf_N: Tensor, weight_N1: Tensor) -> Tensor:
+    """Mean over the path, which ends at a cell and begins at the baseline, of the gradient of its leaf, [N, H]."""
     try:
         from captum.attr import IntegratedGradients
     except ImportError:
         raise ConfigError("carvae explain needs Captum; install it with: pip install 'carvae[explain]'") from None
-    integrated = IntegratedGradients(view.latent, multiply_by_inputs=False)
+    integrated = IntegratedGradients(view.through, multiply_by_inputs=False)
     mean_NH: Tensor = integrated.attribute(
-        first_NH, from_NH, target=leaf_N, n_steps=STEPS, method="gausslegendre", internal_batch_size=8192
+        *ends, leaf_N, weight_N1, n_steps=STEPS, method="gausslegendre", internal_batch_size=8192
     )
-    return mean_NH.detach().to(first_NH.dtype)
+    return mean_NH.detach().to(ends[0].dtype)
 
 
 def _dense(cells: CountsCSR, value_M: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from carvae.labels.axis import main_first
 from carvae.labels.signatures import Signatures
 from carvae.labels.tree import LabelTree
 from carvae.model.bundle_files import (
+    COMPLETES,
     FILES,
     FORMAT,
     NO_HASH,
@@ -42,6 +43,7 @@ from carvae.model.bundle_files import (
     read_metrics,
     stamps,
 )
+from carvae.model.completion import Completion
 from carvae.model.network import Network, Prediction
 from carvae.model.responder import PREFIX as RESPONSE
 from carvae.model.responder import Responder
@@ -222,7 +224,8 @@ class Bundle:
         alignment = self.align(resolved, config.min_overlap)
         parts, totals, prints, largest = [], [], [], 0
         for block in source.blocks(config.chunk_size):
-            parts.append(self.network.predict(alignment.apply(block.counts), label=label))
+            panel = alignment.apply(block.counts)
+            parts.append(self.network.predict(panel, label=label, present_G=alignment.present))
             totals.append(block.total_N)
             prints.append(block.print_N)
             largest = max(largest, block.largest)
@@ -352,6 +355,11 @@ def _network(
         network = Network(len(spec["genes"]), spec["covariates"], parts, config, decodes=decodes)
         if decodes:
             network.vae.decoder.add_rows({name: torch.empty(len(d), config.n_hidden) for name, d in mapped.items()})
+    if spec["format"] < COMPLETES:
+        n_genes, n_latent = len(weights["vae.encoder.first.weight_GH"]), len(weights["vae.encoder.mean.weight"])
+        nothing = Completion(n_genes if parts else 0, n_latent).state_dict()
+        weights = weights | {f"head.completion.{name}": tensor for name, tensor in nothing.items()}
+        weights["head.depth_power"] = torch.ones(())
     network.load_state_dict(weights, assign=True)
     return network
 

@@ -11,8 +11,10 @@ from typing import Any
 
 from carvae.errors import BundleError
 
-FORMAT = 5
+FORMAT = 6
 """Version of the bundle's layout. Older layouts stay loadable; a newer one is refused by name."""
+COMPLETES = 6
+"""Layout from which on a model knows what to expect of genes that a query did not measure."""
 FILES = ("weights.safetensors", "card.md", "metrics.json")
 TEXTS = (".md", ".json")
 NO_HASH = "0" * 64

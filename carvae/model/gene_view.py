@@ -19,8 +19,9 @@ from torch import Tensor
 from carvae.config import ModelConfig
 from carvae.data.loader import CellData, MinibatchLoader
 from carvae.data.sparse import CountsCSR
+from carvae.model.completion import log_normalised
 from carvae.model.fused import sparse_product
-from carvae.model.heads import StateHead, label_loss, log_normalised
+from carvae.model.heads import EVEN_AT, StateHead, label_loss
 
 MAX_CELLS = 50_000
 """Labelled cells that are used, drawn at random where there are more."""
@@ -72,7 +73,7 @@ def fit_gene_view(
         weight_GF, bias_F = _solve(counts, scaled_M, parts_FS, labels, config.gene_penalty)
         classifier.get_buffer("gene_weight_GF").copy_(weight_GF * scale_G[:, None])
         classifier.get_buffer("gene_bias_F").copy_(bias_F)
-    head.get_buffer("inverse_depth").copy_(1 / counts.library_N().median().clamp(min=1))
+    head.get_buffer("inverse_depth").copy_(1 / (EVEN_AT * counts.library_N().median().clamp(min=1)))
 
 
 def _solve(

@@ -13,10 +13,13 @@ from torch import Tensor, nn
 
 from carvae.config import ModelConfig
 from carvae.data.sparse import CountsCSR
+from carvae.model.completion import Completion, log_normalised
 from carvae.model.fused import sparse_product
 
-COUNTS_PER_CELL = 1e4
-"""Depth to which the gene view scales a cell before it takes logarithms."""
+EVEN_AT = 0.45
+"""Both views weigh the same in a cell with this share of the counts of the median labelled training cell."""
+DEPTH_POWER = 2.0
+"""1 in bundles before layout 6."""
 
 
 class StateHead(nn.Module):
@@ -24,8 +27,12 @@ class StateHead(nn.Module):
 
     Two linear views answer, one from the latent space, which pools what is known of all cells, and one from the genes,
     which keeps what the latent space leaves out. The answer is the geometric mean of their probabilities, normalised.
-    In it the genes of a cell with n counts over the panel weigh n / (n + depth), depth being the median of the
-    labelled training cells: the fewer the counts, the more the latent space is asked, which knows shallow cells.
+    In it the genes of a cell with n counts over the panel weigh r^2 / (r^2 + `EVEN_AT`^2), r being n over the median of
+    the labelled training cells: the fewer the counts, the more the latent space is asked, which knows shallow cells.
+
+    Genes that were not measured are expected to be as in training cells of the same latent coordinates (`Completion`).
+    The latent space, whose encoder reads zeros there, weighs less then, by the square of the share of genes that were
+    measured.
 
     A leaf's logit is the sum over its parts (`Axis.parts`: the nodes above it and the words of its name), so that a
     state with few cells is learned from those that share a part with it.
@@ -48,20 +55,32 @@ class StateHead(nn.Module):
         self.names = tuple(parts)  # beside the modules: torch cannot call a module "type" or "a.b"
         self.axes = nn.ModuleList(_PartsClassifier(parts_SF, n_genes, config) for parts_SF in parts.values())
         self.register_buffer("inverse_depth", torch.zeros(()))
+        self.register_buffer("depth_power", torch.full((), DEPTH_POWER))
+        self.completion = Completion(n_genes if parts else 0, config.n_latent)
 
-    def forward(self, z_NK: Tensor, counts: CountsCSR) -> dict[str, Tensor]:
-        """Log probability of each leaf by both views, [N, S] for every axis."""
+    def forward(self, z_NK: Tensor, counts: CountsCSR, absent_A: Tensor | None = None) -> dict[str, Tensor]:
+        """Log probability of each leaf by both views, [N, S] for every axis; ``absent_A`` were not measured."""
         if not self.names:
             return {}
         latent = self.latent_view(z_NK)
-        value_M = log_normalised(counts)
-        relative_N = counts.library_N() * self.get_buffer("inverse_depth")
-        weight_N1 = (relative_N / (relative_N + 1))[:, None]
+        share = 1.0 if absent_A is None else self.completion.measured_share(absent_A)
+        value_M, weight_N1 = log_normalised(counts, share), self.gene_weight(counts, absent_A)
         answer = {}
         for (name, latent_NS), classifier in zip(latent.items(), self.axes, strict=True):
-            gene_NS = torch.log_softmax(classifier.gene_logits(counts, value_M), 1)  # type: ignore[operator]
+            gene_NS = classifier.gene_logits(counts, value_M)  # type: ignore[operator]
+            if absent_A is not None:
+                gene_NS = gene_NS + classifier.expected_logits(self.completion, z_NK, absent_A)  # type: ignore[operator]
+            gene_NS = torch.log_softmax(gene_NS, 1)
             answer[name] = torch.log_softmax(torch.lerp(latent_NS, gene_NS, weight_N1), 1)
         return answer
+
+    def gene_weight(self, counts: CountsCSR, absent_A: Tensor | None) -> Tensor:
+        """Weight of the genes in the answer, [N, 1]."""
+        share = 1.0 if absent_A is None else self.completion.measured_share(absent_A)
+        relative_N1 = (counts.library_N() / share * self.get_buffer("inverse_depth"))[:, None]
+        power_N1 = relative_N1 ** self.get_buffer("depth_power")
+        measured = 1.0 if absent_A is None else 1 - absent_A.numel() / counts.n_genes
+        return 1 - measured**2 / (power_N1 + 1)
 
     def latent_view(self, z_NK: Tensor) -> dict[str, Tensor]:
         """Log probability of each leaf by the latent space alone."""
@@ -91,11 +110,10 @@ class _PartsClassifier(nn.Module):
         gene_NF = sparse_product(counts, value_M, self.get_buffer("gene_weight_GF")) + self.get_buffer("gene_bias_F")
         return gene_NF @ self.get_buffer("parts_SF").t()
 
-
-def log_normalised(counts: CountsCSR) -> Tensor:
-    """``log1p`` of the counts scaled to `COUNTS_PER_CELL` per cell, [M]."""
-    scale_N = COUNTS_PER_CELL / counts.library_N().clamp(min=1)
-    return (counts.count_M * scale_N[counts.cell_M()]).log1p()
+    def expected_logits(self, completion: Completion, z_NK: Tensor, absent_A: Tensor) -> Tensor:
+        """What genes that were not measured are expected to add to them."""
+        expected_NF = completion.logits(z_NK, absent_A, self.get_buffer("gene_weight_GF"))
+        return expected_NF @ self.get_buffer("parts_SF").t()
 
 
 def label_loss(log_probability_NS: Tensor, code_N: Tensor, allowed_LS: Tensor, weight_N: Tensor) -> Tensor:

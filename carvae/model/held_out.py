@@ -60,8 +60,9 @@ def _by_missing_genes(
     for share in GENE_LOSS_GRID:
         found = []
         for _ in range(GENE_LOSS_DRAWS if share else 1):
-            masked = counts.multiply((rng.random(counts.shape[1]) >= share)[None, :]).tocsr()
-            score = score_axis(network.predict(masked).probability_NS[axis], truth[cells], cohort.tree[axis].leaves)
+            present_G = rng.random(counts.shape[1]) >= share
+            said = network.predict(counts.multiply(present_G[None, :]).tocsr(), present_G=present_G)
+            score = score_axis(said.probability_NS[axis], truth[cells], cohort.tree[axis].leaves)
             found.append(0.0 if score is None else score.macro_f1)
         means[f"{share:g}"] = float(np.mean(found))
     return means

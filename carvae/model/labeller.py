@@ -85,7 +85,8 @@ class Labeller:
         trust, network = self.bundle.trust, self.bundle.network
         if trust is not None and self.label:
             return trust.judge(network, panel, self.alignment.present)
-        return network.predict(panel, self.config.precision, label=self.label)
+        present_G = self.alignment.present
+        return network.predict(panel, self.config.precision, label=self.label, present_G=present_G)
 
     def _columns(self, block: Checked, panel: sp.csr_matrix, prediction: Prediction | Judged) -> dict[str, Any]:
         """The columns of ``obs``, in order."""

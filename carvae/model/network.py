@@ -77,20 +77,28 @@ class Network(nn.Module):
         return posterior, self.head(posterior.mean_NK, counts)
 
     @torch.inference_mode()
-    def predict(self, counts: sp.csr_matrix, precision: str = "32-true", *, label: bool = True) -> Prediction:
+    def predict(
+        self,
+        counts: sp.csr_matrix,
+        precision: str = "32-true",
+        *,
+        label: bool = True,
+        present_G: NDArray[np.bool_] | None = None,
+    ) -> Prediction:
         """Latent means, and with ``label`` leaf probabilities, of cells from counts over the panel [N, G].
 
-        ``precision`` "bf16" holds the weights of the encoder's first layer, its most work, in bfloat16.
+        ``precision`` "bf16" holds the weights of the encoder's first layer, its most work, in bfloat16. ``present_G``
+        says which genes were measured in the cells; by default all.
         """
         self.eval()
         device = self.vae.device
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         parts, cells = [], CountsCSR.from_scipy(counts)
-        first_layer = self.vae.encoder.first.fixed(dtype)
+        first_layer, absent_A = self.vae.encoder.first.fixed(dtype), self.head.completion.absent(present_G)
         for start in range(0, counts.shape[0], CELLS_PER_PASS):
             part = cells.part(start, min(start + CELLS_PER_PASS, counts.shape[0])).to(device)
             mean_NK = self.vae.encoder.mean_of(first_layer(part))
-            answer = self.head(mean_NK, part) if label else {}
+            answer = self.head(mean_NK, part, absent_A) if label else {}
             probability = {axis: log_NS.exp().cpu().numpy() for axis, log_NS in answer.items()}
             parts.append(Prediction(mean_NK.cpu().numpy(), probability))
         if not parts:

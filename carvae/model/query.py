@@ -154,7 +154,7 @@ def calls(
     """Labels on every axis of the model, as `carvae annotate` gives them."""
     known_N = np.asarray(panel.sum(axis=1)).ravel() >= predict.min_counts
     if bundle.trust is None:
-        said = bundle.network.predict(panel, predict.precision).probability_NS
+        said = bundle.network.predict(panel, predict.precision, present_G=present_G).probability_NS
     else:
         judged = bundle.trust.judge(bundle.network, panel, present_G)
         said, known_N = judged.probability_NS, known_N & ~bundle.trust.unknown(judged)

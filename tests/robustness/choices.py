@@ -106,12 +106,19 @@ def _walk(whole: dict[str, Any], choices: Choices) -> tuple[Any, Any]:
     return holder, key
 
 
+LONGEST = 10_000
+"""Characters of a text, or items of a list, that an edit starts from."""
+
+
 def _nudged(value: Any, choices: Choices) -> Any:
     if isinstance(value, bool | int | float):
         return choices.pick((value + 1, value - 1, -value, value * 2, value * 10**6, str(value), [value]))
     if isinstance(value, str):
-        return choices.pick((value + "x", value[:-1], value.upper(), value + "\0", value.encode().hex(), [value]))
+        value = value[:LONGEST]  # doubled again and again it would take the memory that the reader is watched for
+        code = value.encode(errors="replace").hex()
+        return choices.pick((value + "x", value[:-1], value.upper(), value + "\0", code, [value]))
     if isinstance(value, list):
+        value = value[:LONGEST]
         return choices.pick((value[:-1], value[1:], value[::-1], value * 2, dict.fromkeys(map(str, value)), [value]))
     return choices.pick((json.dumps(value), [value], {"a": value}))
 
