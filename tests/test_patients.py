@@ -131,6 +131,23 @@ def test_copies_of_rows_cells_and_clones_are_refused() -> None:
         check_patients(replace(patients, clones=clones))
 
 
+def test_patients_of_whom_nothing_was_measured_are_no_copies_of_each_other() -> None:
+    patients = patients_of(12)
+    rows = patients.x_RF.copy()
+    rows[[3, 5, 8]] = np.nan
+    check_patients(replace(patients, x_RF=rows))
+    rows[1] = rows[0]
+    with pytest.raises(SchemaError, match="'P01' has the same features as patient 'P00'"):
+        check_patients(replace(patients, x_RF=rows))
+
+
+def test_an_outcome_that_is_found_by_its_name_is_not_said_to_be_set_aside() -> None:
+    frame = FRAME.drop(columns="outcome").assign(response=[1.0, 0.0, np.nan])
+    found = read(frame, levels=[["0"], ["1"]])
+    assert found.outcome_R.tolist()[:2] == [1, 0]
+    assert (found.columns, found.set_aside) == (("fraction naive",), ("pfs_months",))
+
+
 def test_a_shuffle_deals_outcomes_within_study_and_keeps_patients_whole() -> None:
     patients = patients_of(20, samples=2, seed=3)
     patients.outcome_R[patients.study_R == "s1"] = 1.0

@@ -158,15 +158,16 @@ def patients_of(frame: pd.DataFrame, config: RespondConfig) -> Patients:
     patient = named.get("patient", named.get("sample"))
     if patient is None:
         raise SchemaError(f"the table has no column 'patient'; name it in respond.columns (there are {_some(frame)})")
+    taken = set(config.columns.values()) | set(config.where)
     if "outcome" not in named and "response" in frame:
         named["outcome"] = frame["response"]
+        taken.add("response")
     if "outcome" not in named:
         raise SchemaError(f"the table has no column 'outcome'; name it in respond.columns (there are {_some(frame)})")
     if (gone := int(patient.isna().sum())) > 0:
         raise SchemaError(f"{gone} rows have no patient; remove or name them, since outcomes belong to patients")
     outcome_R, event_R, levels = outcomes_of(named["outcome"], named.get("event"), config)
     study = _text(named["study"]).fillna("") if "study" in named else pd.Series([ONE_STUDY] * len(frame))
-    taken = set(config.columns.values()) | set(config.where)
     beside = {n: _plain(s) for n, s in named.items() if n not in {"patient", "sample", "study", "outcome", "event"}}
     features, set_aside = _features(frame, taken, config)
     found = Patients(
@@ -246,10 +247,12 @@ def check_patients(found: Patients) -> None:
 def _told_twice(found: Patients) -> list[str]:
     """Rows, cells and clones that two patients share: no split could keep them apart."""
     problems = []
-    measured = found.x_RF[:, (found.x_RF % 1 != 0).mean(0) > HALF]  # counts and flags agree by chance
-    if measured.shape[1] >= MIN_MEASURED:
-        rows = ["|".join(f"{v:.{MAX_DIGITS}g}" for v in row) for row in measured]
-        problems += _shared(zip(rows, found.patient_R, strict=True), "has the same features as")
+    known = ~np.isnan(found.x_RF)
+    fractions = (known & (found.x_RF % 1 != 0)).sum(0)
+    measured = fractions > HALF * known.sum(0)  # counts and flags agree by chance
+    told = known[:, measured].sum(1) >= MIN_MEASURED  # samples of which nothing was measured are alike, and no copies
+    rows = ["|".join(f"{v:.{MAX_DIGITS}g}" for v in row) for row in found.x_RF[told][:, measured]]
+    problems += _shared(zip(rows, found.patient_R[told], strict=True), "has the same features as")
     for space, bags in found.bags.items():
         cells = ((cell.tobytes(), name) for bag, name in zip(bags, found.patient_R, strict=True) for cell in bag)
         problems += _shared(cells, f"shares cells (same coordinates in {space!r}) with")

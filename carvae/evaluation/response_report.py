@@ -22,7 +22,7 @@ from carvae.data.spreadsheet import write_table
 from carvae.errors import EvaluateError, LeakSuspected, nearest
 from carvae.evaluation import ledger
 from carvae.evaluation.card import settings_tried
-from carvae.evaluation.response import INCONCLUSIVE, SCORE, Run, evaluate
+from carvae.evaluation.response import ALPHA, CHANCE, INCONCLUSIVE, SCORE, Run, evaluate
 from carvae.model.response import HeadSettings
 from carvae.response.choice import CHOSEN
 from carvae.response.guards import CEILING, MIN_SHUFFLES, shuffles_pass
@@ -163,11 +163,7 @@ def summary(metrics: dict[str, Any]) -> str:
         + ("no shuffles made" if p is None else f"permutation p = {p:.2g} ({headline['sides']}-sided)")
     ]
     if headline["verdict"] == INCONCLUSIVE and auroc["low"] is not None:
-        lines.append(
-            "the interval holds 0.5, so this is no evidence that it predicts"
-            if auroc["low"] <= 1 / 2 <= auroc["high"]
-            else "shuffled outcomes do as well too often for this to be evidence that it predicts"
-        )
+        lines.append(why_inconclusive(auroc, len(headline["null"])))
     if power := metrics["power"]:
         needed = ", ".join(f"{effect}: {n}" for effect, n in power["patients_needed"].items())
         least = power["smallest_detectable"]
@@ -184,6 +180,17 @@ def summary(metrics: dict[str, Any]) -> str:
         alone = ", ".join(metrics["studies_with_one_outcome"])
         lines.append(f"studies in which all patients have one outcome tell nothing within study: {alone}")
     return "\n".join(lines)
+
+
+def why_inconclusive(auroc: dict[str, float], shuffles: int) -> str:
+    """What stands against saying that it predicts."""
+    if auroc["low"] <= CHANCE <= auroc["high"]:
+        return "the interval holds 0.5, so this is no evidence that it predicts"
+    if auroc["high"] < CHANCE:
+        return "it orders new patients the wrong way round, which is no evidence that it predicts"
+    if 1 / (1 + shuffles) >= ALPHA:  # the least p that so many can give
+        return f"{shuffles} shuffles can show nothing; {round(1 / ALPHA)} are the least (respond.permutations)"
+    return "shuffled outcomes do as well too often for this to be evidence that it predicts"
 
 
 def card_of(metrics: dict[str, Any], drawn: dict[str, str]) -> str:
