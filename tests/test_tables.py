@@ -44,6 +44,8 @@ def test_names_are_as_written_but_for_a_point_that_a_table_added(tmp_path: Path)
     assert found["donor_id"].fillna("").tolist() == ["1", "", "2"]
     assert found["who"].fillna("").tolist() == ["001", "002", ""]
     assert found["n"].dtype == float
+    (tmp_path / "t.csv").write_text("Sample;Patient;Timepoint\n01;007;M1\n")
+    assert read_table(tmp_path / "t.csv").iloc[0].tolist() == ["01", "007", "M1"], "customary names in any case"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import gzip
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -20,7 +20,7 @@ from carvae.errors import ReadError
 SEPARATORS = (",", "\t", ";")
 """The first of those that are as frequent wins."""
 NAMED = {name for column in CONTRACT if column.name in {"sample", "patient"} for name in (column.name, *column.aliases)}
-"""Columns that are read as text."""
+"""Columns that are read as text, in any case."""
 QUOTED = re.compile(r'"[^"]*"')
 WHOLE = re.compile(r"\d+\.0")
 """A number that a table wrote with a point since others were missing."""
@@ -53,14 +53,16 @@ def read_table(path: Path, setting: str = "", text: Iterable[str] = (), verbatim
             raise ReadError(f"{path} is a workbook of Excel; save the sheet as CSV (UTF-8) and give that")
         line = QUOTED.sub("", first.splitlines()[0]) if first.strip() else ""
         sep = max(SEPARATORS, key=line.count)
-        names = {*NAMED, *text}
+        packed: Literal["gzip"] | None = "gzip" if head.startswith(PACKED) else None
+        header = pd.read_csv(path, sep=sep, encoding="utf-8-sig", compression=packed, nrows=0).columns
+        names = {*text, *(name for name in map(str, header) if name.casefold() in NAMED)}
         table = pd.read_csv(
             path,
             sep=sep,
             dtype=dict.fromkeys(names.difference(verbatim), str),
             converters=dict.fromkeys(verbatim, str),
             encoding="utf-8-sig",
-            compression="gzip" if head.startswith(PACKED) else None,
+            compression=packed,
             low_memory=False,
         )
     except FileNotFoundError:
