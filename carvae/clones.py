@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ def read_obs(source: Path, config: ClonesConfig) -> pd.DataFrame:
     Raises
     ------
     ReadError
-        The file is not there, broken, or of another kind; or the folder holds none.
+        The file is not there, broken, or of another kind; or the folder holds none, or one twice.
     """
     if not source.exists():
         raise ReadError(f"{source} does not exist")
@@ -142,7 +143,11 @@ def read_obs(source: Path, config: ClonesConfig) -> pd.DataFrame:
         files = [path for path in files if path not in twice and not path.name.endswith(".samples.csv")]
         if not files:
             raise ReadError(f"{source} holds no {', '.join(CELLS)}")
-        return pd.concat([_read_file(path, config) for path in files], ignore_index=True)
+        tables = [_read_file(path, config) for path in files]
+        for (one, a), (other, b) in combinations(zip(files, tables, strict=True), 2):
+            if a.equals(b):
+                raise ReadError(f"{one} and {other} hold the same cells, which would count twice; keep one of them")
+        return pd.concat(tables, ignore_index=True)
     return _read_file(source, config)
 
 

@@ -110,6 +110,19 @@ def test_months_that_were_annotated_one_by_one_are_put_together(
         assert (tmp_path / "out" / name).read_bytes() == (written / "out" / name).read_bytes()
 
 
+def test_a_copy_in_the_folder_is_refused(table: pd.DataFrame, tmp_path: Path) -> None:
+    folder = tmp_path / "months"
+    folder.mkdir()
+    for time, cells in table.groupby("timepoint"):
+        cells.to_csv(folder / f"{time}.csv", index=False)
+    (folder / "D28 (1).csv").write_bytes((folder / "D28.csv").read_bytes())
+    answer = carvae("clones", folder, "--out", tmp_path / "out")
+    assert answer.code == 1
+    assert "D28 (1).csv and" in answer.err
+    assert "hold the same cells, which would count twice; keep one of them" in answer.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_one_time_point_is_told_and_leaves_no_old_picture(
     table: pd.DataFrame, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
