@@ -98,6 +98,23 @@ def test_a_clinical_table_is_joined_by_sample_or_patient(tmp_path: Path) -> None
     )
 
 
+def test_a_clinical_table_of_other_names_is_told_and_not_taken_for_missing_outcomes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    features, clinical = tmp_path / "features.csv", tmp_path / "clinical.csv"
+    FRAME.drop(columns="outcome").to_csv(features, index=False)
+    config = RespondConfig(table=features, clinical=clinical, levels=LEVELS)
+    clinical.write_text("patient,outcome\nPT-a,CR\nPT-b,PD\n")
+    with pytest.raises(SchemaError, match=r"no patient of .*features.csv is in .*: there they look like 'PT-a', here "):
+        read_patients(config)
+    clinical.write_text("Patient,outcome\na,CR\n")
+    with pytest.raises(SchemaError, match=r"in common; .*clinical.csv has Patient, outcome: call the column alike"):
+        read_patients(config)
+    clinical.write_text("patient,outcome\na,CR\nb,PD\n")
+    assert np.isnan(read_patients(config).outcome_R).tolist() == [False, False, True]
+    assert "1 of 3 rows of" in caplog.text
+
+
 def test_rows_where_a_column_has_another_value_are_left_out(tmp_path: Path) -> None:
     FRAME.assign(day=[7, 7, 30]).to_csv(tmp_path / "t.csv", index=False)
     settings = {"table": tmp_path / "t.csv", "levels": LEVELS, "where": {"day": "7"}}

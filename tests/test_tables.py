@@ -48,6 +48,11 @@ def test_names_are_as_written_but_for_a_point_that_a_table_added(tmp_path: Path)
     assert read_table(tmp_path / "t.csv").iloc[0].tolist() == ["01", "007", "M1"], "customary names in any case"
 
 
+def test_rows_that_hold_nothing_are_none(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("sample;n\na;1,5\n;\nb;2\n;\n;\n")
+    assert read_table(tmp_path / "t.csv").to_numpy().tolist() == [["a", 1.5], ["b", 2.0]]
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

@@ -5,6 +5,7 @@ Axes: R rows (samples), P patients, F features, L levels of the outcome.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 from carvae.data.tables import read_table
 from carvae.errors import SchemaError, join_problems
 from carvae.section_respond import RespondConfig
+
+log = logging.getLogger(__name__)
 
 Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]
@@ -307,6 +310,7 @@ def _features(frame: pd.DataFrame, taken: set[str], config: RespondConfig) -> tu
 
 def _joined(frame: pd.DataFrame, clinical: pd.DataFrame, config: RespondConfig) -> pd.DataFrame:
     """The table with the columns of the clinical one, by the first of sample and patient that both have."""
+    table = config.table or "the studies"
     for name in ("sample", "patient"):
         key = config.columns.get(name, name)
         if key in frame and key in clinical:
@@ -314,8 +318,18 @@ def _joined(frame: pd.DataFrame, clinical: pd.DataFrame, config: RespondConfig) 
                 raise SchemaError(f"{config.clinical} has several rows for one {key!r}; give one")
             new = [key, *(c for c in clinical if c not in frame)]
             left = frame.assign(**{key: _text(frame[key])})
-            return left.merge(clinical[new].assign(**{key: _text(clinical[key])}), on=key, how="left")
-    raise SchemaError(f"{config.table} and {config.clinical} have neither 'sample' nor 'patient' in common")
+            right = clinical[new].assign(**{key: _text(clinical[key])})
+            met = left[key].isin(right[key].dropna())
+            if not met.any():
+                looks = f"there they look like {right[key].iloc[0]!r}, here like {left[key].iloc[0]!r}"
+                raise SchemaError(f"no {key} of {table} is in {config.clinical}: {looks}; write them alike")
+            if not met.all():
+                log.warning("%s of %s rows of %s have no row in %s", (~met).sum(), len(met), table, config.clinical)
+            return left.merge(right, on=key, how="left")
+    raise SchemaError(
+        f"{table} and {config.clinical} have neither 'sample' nor 'patient' in common; {config.clinical} has "
+        f"{_some(clinical)}: call the column alike in both, or name it in respond.columns"
+    )
 
 
 def _column(frame: pd.DataFrame, column: str, where: str) -> pd.Series[str]:

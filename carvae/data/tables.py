@@ -71,6 +71,7 @@ def read_table(path: Path, setting: str = "", text: Iterable[str] = (), verbatim
         raise ReadError(f"{path} cannot be read as a table: it is no text in UTF-8; save it as CSV (UTF-8)") from None
     except (OSError, EOFError, ValueError) as error:
         raise ReadError(f"{path} cannot be read as a table: {' '.join(str(error).split())}") from None
+    table = table.dropna(how="all").reset_index(drop=True)  # a spreadsheet writes separators for rows that were cleared
     for name in table:
         if name in names:
             table[name] = _as_written(table[name])
