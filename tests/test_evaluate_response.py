@@ -165,6 +165,15 @@ def test_predicts_is_blocked_where_chance_is_not_excluded(
     assert verdict({"value": 0.6, "low": low, "high": high}, p, both_sides=both) == said
 
 
+def test_what_has_more_than_two_levels_has_no_auroc(tmp_path: Path) -> None:
+    frame = table(0.0, n=60, outcome=["SD", "PR", "CR", "CR", "PR"] * 12)
+    answer = run(tmp_path, frame, levels=[["SD"], ["PR"], ["CR"]], permutations=1)
+    assert answer.code == 0, answer.err
+    card = (tmp_path / "out" / "card.md").read_text()
+    assert "| method | concordance within study |" in card
+    assert "AUROC" not in card
+
+
 @pytest.mark.parametrize(
     ("low", "high", "shuffles", "why"),
     [
