@@ -7,11 +7,19 @@ it and exits with 1; anything else that escapes is a fault of carvae and keeps i
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
+
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
+"""Control characters but the newline, which parts several problems."""
 
 
 class CarvaeError(Exception):
     """A problem that the caller can remedy; the message says how."""
+
+    def __str__(self) -> str:
+        """The message, in which what a file holds of control characters cannot reach a terminal."""
+        return CONTROL.sub(lambda found: repr(found[0])[1:-1], super().__str__())
 
 
 class ConfigError(CarvaeError):

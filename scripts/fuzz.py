@@ -32,7 +32,13 @@ LIMIT = 60
 TURN = 300
 """Seconds after which a worker begins anew, as after a signal; what libraries leak is no finding of ours."""
 MOST_KEPT = 40
-COMPILED = ["carvae.data.rows", "carvae.labels.ucell", "carvae.model.kernels", "carvae.model.vector"]
+COMPILED = [
+    "carvae.data.rows",
+    "carvae.labels.ucell",
+    "carvae.model.kernels",
+    "carvae.model.large_counts",
+    "carvae.model.vector",
+]
 """Modules whose functions numba compiles, which cannot be followed."""
 sys.path[:0] = [str(SUITE), str(SUITE.parent)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import resource
 from pathlib import Path
 
 import pandas as pd
@@ -31,6 +32,23 @@ FRAME = pd.DataFrame({"sample": ["007", "12"], "note": ["a, b; c", "d"], "share"
 def test_what_a_spreadsheet_writes_is_read(tmp_path: Path, name: str, how: dict[str, str]) -> None:
     FRAME.to_csv(tmp_path / name, index=False, **how)  # type: ignore[call-overload]
     pd.testing.assert_frame_equal(read_table(tmp_path / name), FRAME, check_dtype=False)
+
+
+def test_single_carriage_returns_end_lines_and_take_no_memory(tmp_path: Path) -> None:
+    """Found by fuzzing: of such a file of 488 bytes pandas made 20 GB."""
+    (tmp_path / "t.csv").write_bytes(b"sample;n\r01;2\r02;3\r")
+    assert read_table(tmp_path / "t.csv")["n"].tolist() == [2, 3]
+    case = Path(__file__).parent / "robustness" / "corpus" / "text" / "found-carriage-returns"
+    (tmp_path / "t.csv").write_bytes(case.read_bytes()[1:])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert len(read_table(tmp_path / "t.csv")) == 4, "two of the six rows hold nothing"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
+
+
+def test_what_a_name_holds_of_control_characters_is_neither_kept_nor_shown(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes(b'"Day\n28",\x1b[31msample,n\n1,2,3\n')
+    assert list(read_table(tmp_path / "t.csv")) == ["Day 28", " [31msample", "n"]
+    assert str(ReadError("sample \x1b[31m\r\x07 of\nfile")) == "sample \\x1b[31m\\r\\x07 of\nfile"
 
 
 def test_packed_is_told_by_the_bytes_and_not_by_the_name(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ Axes: N cells of the query, R cells with a receptor.
 
 from __future__ import annotations
 
+import gzip
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -179,6 +180,9 @@ def _root(path: Path) -> Iterator[Any]:
 
 
 def _check_columns(path: Path, sep: str, needed: Sequence[str]) -> None:
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+        if any(line.rstrip(b"\r\n").count(b"\r") for line in file):  # they take pandas' parser all memory
+            raise ReadError(f"{path} ends lines by single carriage returns; save it with newlines")
     columns = pd.read_csv(path, sep=sep, nrows=0).columns
     if missing := [column for column in needed if column not in columns]:
         raise ReadError(

@@ -10,7 +10,7 @@ import gzip
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TextIO
 
 import pandas as pd
 
@@ -28,6 +28,7 @@ DECIMAL = re.compile(r"[-+]?\d+(,\d+)?([eE][-+]?\d+)?")
 WORKBOOK = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")
 """How files of Excel begin."""
 PACKED = b"\x1f\x8b"
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 
 
 def read_table(path: Path, setting: str = "", text: Iterable[str] = (), verbatim: Iterable[str] = ()) -> pd.DataFrame:
@@ -53,18 +54,17 @@ def read_table(path: Path, setting: str = "", text: Iterable[str] = (), verbatim
             raise ReadError(f"{path} is a workbook of Excel; save the sheet as CSV (UTF-8) and give that")
         line = QUOTED.sub("", first.splitlines()[0]) if first.strip() else ""
         sep = max(SEPARATORS, key=line.count)
-        packed: Literal["gzip"] | None = "gzip" if head.startswith(PACKED) else None
-        header = pd.read_csv(path, sep=sep, encoding="utf-8-sig", compression=packed, nrows=0).columns
+        with _opened(path, packed=head.startswith(PACKED)) as lines:
+            header = pd.read_csv(lines, sep=sep, nrows=0).columns
         names = {*text, *(name for name in map(str, header) if name.casefold() in NAMED)}
-        table = pd.read_csv(
-            path,
-            sep=sep,
-            dtype=dict.fromkeys(names.difference(verbatim), str),
-            converters=dict.fromkeys(verbatim, str),
-            encoding="utf-8-sig",
-            compression=packed,
-            low_memory=False,
-        )
+        with _opened(path, packed=head.startswith(PACKED)) as lines:
+            table = pd.read_csv(
+                lines,
+                sep=sep,
+                dtype=dict.fromkeys(names.difference(verbatim), str),
+                converters=dict.fromkeys(verbatim, str),
+                low_memory=False,
+            )
     except FileNotFoundError:
         raise ReadError(f"{f'{setting}=' if setting else ''}{path} does not exist") from None
     except UnicodeDecodeError:
@@ -72,6 +72,7 @@ def read_table(path: Path, setting: str = "", text: Iterable[str] = (), verbatim
     except (OSError, EOFError, ValueError) as error:
         raise ReadError(f"{path} cannot be read as a table: {' '.join(str(error).split())}") from None
     table = table.dropna(how="all").reset_index(drop=True)  # a spreadsheet writes separators for rows that were cleared
+    table.columns = [CONTROL.sub(" ", str(name)) for name in table]  # such as the line break of a wide header
     for name in table:
         if name in names:
             table[name] = _as_written(table[name])
@@ -84,11 +85,15 @@ def _beginning(path: Path) -> tuple[bytes, str]:
     """The first bytes of a file, and its first line."""
     with path.open("rb") as file:
         head = file.read(4)
-    if not head.startswith(PACKED):
-        with path.open(encoding="utf-8-sig", errors="replace") as plain:
-            return head, plain.readline()
-    with gzip.open(path, "rt", encoding="utf-8-sig", errors="replace") as packed:
-        return head, packed.readline()
+    with _opened(path, packed=head.startswith(PACKED), errors="replace") as lines:
+        return head, lines.readline()
+
+
+def _opened(path: Path, *, packed: bool, errors: str = "strict") -> TextIO:
+    """The text of a file, its lines ended by a newline: single carriage returns take pandas' parser all memory."""
+    if packed:
+        return gzip.open(path, "rt", encoding="utf-8-sig", errors=errors)
+    return path.open(encoding="utf-8-sig", errors=errors)
 
 
 def _as_written(column: pd.Series[str]) -> pd.Series[str]:

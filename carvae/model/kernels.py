@@ -4,8 +4,8 @@ Axes: N cells, G genes, H hidden, M non-zero counts (of a minibatch, or of one c
 
 The maths is that of `likelihood`, whose plain torch functions are the readable form of the same sums. It is written so
 that LLVM makes vector instructions of it: one loop over all genes, one over a cell's counts, gathered for it, and no
-branch and no call in either. Both are in float32; the few counts above `SHORT` are in float64. Users need no compiler;
-the first call on a machine takes some seconds, later ones read numba's cache.
+branch and no call in either. Both are in float32; the few counts above `SHORT` have a loop of their own in float64.
+Users need no compiler; the first call on a machine takes some seconds, later ones read numba's cache.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from carvae.model.large_counts import EPS, SHORT, Large, Theta, add_large, collect_large, error_of_zeros, nb_large
 from carvae.model.vector import (
     FAST,
     ONE,
@@ -25,7 +26,6 @@ from carvae.model.vector import (
     fast_log,
     fast_log1p,
     from_bits,
-    gammas,
     narrow,
     ordered,
     widen,
@@ -35,10 +35,6 @@ Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Ints = NDArray[np.integer[Any]]
 
-EPS = 1e-8
-"""Added inside logarithms, as in scvi-tools."""
-SHORT = 8
-"""Up to this count, differences of gamma functions are products and sums of so many terms."""
 LANES = 64
 """Running sums side by side."""
 SMALL = np.float32(EPS)
@@ -101,15 +97,6 @@ class _Entries(NamedTuple):
     """The entries above `SHORT`."""
 
 
-class _Theta(NamedTuple):
-    theta_G: Floats
-    inverse_G: Floats
-    """Of theta + eps."""
-    lgamma_G: Doubles
-    """Of theta; NaN where nobody has asked yet."""
-    digamma_G: Doubles
-
-
 @njit(fastmath=FAST, error_model="numpy")
 def _sum(x_G: Floats) -> Any:
     lanes = np.zeros(LANES, np.float32)
@@ -140,7 +127,7 @@ def _softmax(logits_G: Floats, bias_G: Floats, p_G: Floats) -> Any:
 
 
 @njit(fastmath=FAST, error_model="numpy")
-def _nb_zeros(row: _Row, scale: Any, theta: _Theta, dtheta_G: Floats) -> None:
+def _nb_zeros(row: _Row, scale: Any, theta: Theta, dtheta_G: Floats) -> None:
     """As if all counts were zero; ``scale`` makes ``mu`` of ``p_G``."""
     p_G, r_G, loss_G, theta_G, inverse_G = row.p_G, row.r_G, row.loss_G, theta.theta_G, theta.inverse_G
     for g in range(p_G.size):
@@ -177,7 +164,7 @@ def _zinb_zeros(row: _Row, dtheta_G: Floats) -> None:
 
 
 @njit(error_model="numpy")
-def _collect(gene_M: Ints, count_M: Floats, row: _Row, scale: Any, theta: _Theta, entries: _Entries) -> int:
+def _collect(gene_M: Ints, count_M: Floats, row: _Row, scale: Any, theta: Theta, entries: _Entries) -> int:
     """Put what the counts need side by side; returns how many are large."""
     n_large = 0
     for j in range(gene_M.size):
@@ -251,34 +238,7 @@ def _add_dzero(gene_M: Ints, row: _Row, entries: _Entries) -> None:
 
 
 @njit(error_model="numpy")
-def _gammas_of(g: int, theta: _Theta) -> Any:
-    if theta.lgamma_G[g] != theta.lgamma_G[g]:
-        theta.lgamma_G[g], theta.digamma_G[g] = gammas(np.float64(theta.theta_G[g]))
-    return theta.lgamma_G[g], theta.digamma_G[g]
-
-
-@njit(error_model="numpy")
-def _nb_large(g: int, x: float, mu: float, row: _Row, theta: _Theta, dtheta_G: Floats) -> Any:
-    """As `_nb_counts`, in float64; returns what is added to the loss and to r."""
-    theta_g, more = np.float64(theta.theta_G[g]), mu + EPS
-    total = mu + (theta_g + EPS)
-    lgamma, digamma = _gammas_of(g, theta)
-    lgamma_x, digamma_x = gammas(x + theta_g)
-    r = x * theta_g * mu / (total * more)
-    row.r_G[g] += np.float32(r)
-    dtheta_G[g] += np.float32(x / total - (digamma_x - digamma))
-    return x * math.log1p(theta_g / more) - (lgamma_x - lgamma - gammas(x + 1.0)[0]), r
-
-
-@njit(error_model="numpy")
-def _as_zero(g: int, mu: float, row: _Row, theta: _Theta) -> float:
-    """The error of ``loss_G``, which may be of the size of the count, and cancels against `_nb_large`."""
-    theta_g = np.float64(theta.theta_G[g])
-    return theta_g * math.log1p(mu / (theta_g + EPS)) - np.float64(row.loss_G[g])
-
-
-@njit(error_model="numpy")
-def _not_inflated_large(g: int, mu: float, row: _Row, theta: _Theta, dtheta_G: Floats) -> Any:
+def _not_inflated_large(g: int, mu: float, row: _Row, theta: Theta, dtheta_G: Floats) -> Any:
     """As `_not_inflated`, in float64; returns what is added to the loss and to r."""
     theta_g = np.float64(theta.theta_G[g])
     u = mu / (theta_g + EPS)
@@ -306,23 +266,13 @@ def _to_logits(row: _Row, factor: Any, scale: Any, logits_G: Floats, dbias_G: Fl
 @njit(error_model="numpy")
 def _workspace(n_genes: int, indptr_N: Ints, theta_G: Floats) -> Any:
     m = np.max(np.diff(indptr_N))
-    row, entries = np.zeros((7, n_genes), np.float32), np.zeros((8, m), np.float32)
-    gammas = np.full((2, n_genes), np.nan)
-    inverse_G = ONE / (theta_G + SMALL)
+    row, e = np.zeros((7, n_genes), np.float32), np.zeros((8, m), np.float32)
+    big, gammas = np.zeros((9, m)), np.full((2, n_genes), np.nan)
     return (
         _Row(row[0], row[1], row[2], row[3], row[4], row[5], row[6]),
-        _Entries(
-            entries[0],
-            entries[1],
-            entries[2],
-            entries[3],
-            entries[4],
-            entries[5],
-            entries[6],
-            entries[7],
-            np.empty(m + 1, np.int64),
-        ),
-        _Theta(theta_G, inverse_G, gammas[0], gammas[1]),
+        _Entries(e[0], e[1], e[2], e[3], e[4], e[5], e[6], e[7], np.empty(m + 1, np.int64)),
+        Large(big[0], big[1], big[2], big[3], big[4], big[5], big[6], big[7], big[8]),
+        Theta(theta_G, ONE / (theta_G + SMALL), gammas[0], gammas[1]),
     )
 
 
@@ -332,7 +282,7 @@ def nb(logits_NG: Any, bias_G: Floats, cells: Cells, theta_G: Floats, scale: Any
 
     The logits come without their bias, as float32 or as the bits of bfloat16, and stay in that type.
     """
-    row, entries, theta = _workspace(logits_NG.shape[1], cells.indptr_N, theta_G)
+    row, entries, large, theta = _workspace(logits_NG.shape[1], cells.indptr_N, theta_G)
     for n in range(logits_NG.shape[0]):
         start, end = cells.indptr_N[n], cells.indptr_N[n + 1]
         gene, count, m = cells.gene_M[start:end], cells.count_M[start:end], end - start
@@ -343,11 +293,12 @@ def nb(logits_NG: Any, bias_G: Floats, cells: Cells, theta_G: Floats, scale: Any
         _nb_counts(entries, m)
         loss, sum_r = _sum(row.loss_G) + _sum(entries.loss_M[:m]), _sum(row.r_G) + _sum(entries.r_M[:m])
         _add(gene, row, entries, sums.dtheta_G)
-        for j in entries.large_M[:n_large]:
-            g, mu = gene[j], exact * row.p_G[gene[j]]
-            added, r = _nb_large(g, np.float64(count[j]), mu, row, theta, sums.dtheta_G)
-            loss += added + _as_zero(g, mu, row, theta)
-            sum_r += r
+        gene_J = gene[entries.large_M[:n_large]]
+        collect_large(gene_J, count[entries.large_M[:n_large]], row.p_G, exact, theta, large)
+        nb_large(large, n_large)
+        added, r = add_large(gene_J, large, row.r_G, sums.dtheta_G)
+        loss += added + error_of_zeros(gene_J, large, row.loss_G)
+        sum_r += r
         sums.loss_N[n] = np.float32(loss)
         _to_logits(row, np.float32(sum_r * factor), scale, logits_NG[n], sums.dbias_G)
 
@@ -355,7 +306,7 @@ def nb(logits_NG: Any, bias_G: Floats, cells: Cells, theta_G: Floats, scale: Any
 @njit(nogil=True, error_model="numpy", cache=True)
 def zinb(logits_NG: Any, zero_NG: Any, biases: Any, cells: Cells, theta_G: Floats, scale: Any, sums: Sums) -> None:
     """-log ZINB of each cell; as `nb`, and ``zero_NG`` becomes the gradient in the zero inflation's logits."""
-    row, entries, theta = _workspace(logits_NG.shape[1], cells.indptr_N, theta_G)
+    row, entries, large, theta = _workspace(logits_NG.shape[1], cells.indptr_N, theta_G)
     bias_G, zero_bias_G = biases
     for n in range(logits_NG.shape[0]):
         start, end = cells.indptr_N[n], cells.indptr_N[n + 1]
@@ -373,12 +324,16 @@ def zinb(logits_NG: Any, zero_NG: Any, biases: Any, cells: Cells, theta_G: Float
         loss, sum_r = _sum(row.loss_G) + _sum(entries.loss_M[:m]), _sum(row.r_G) + _sum(entries.r_M[:m])
         _add(gene, row, entries, sums.dtheta_G)
         _add_dzero(gene, row, entries)
-        for j in entries.large_M[:n_large]:
-            g, mu = gene[j], exact * row.p_G[gene[j]]
-            added, r = _nb_large(g, np.float64(count[j]), mu, row, theta, sums.dtheta_G)
-            more, more_r = _not_inflated_large(g, mu, row, theta, sums.dtheta_G)
-            loss += added + more
-            sum_r += r + more_r
+        gene_J = gene[entries.large_M[:n_large]]
+        collect_large(gene_J, count[entries.large_M[:n_large]], row.p_G, exact, theta, large)
+        nb_large(large, n_large)
+        added, r = add_large(gene_J, large, row.r_G, sums.dtheta_G)
+        loss += added
+        sum_r += r
+        for j in range(n_large):
+            added, r = _not_inflated_large(gene_J[j], large.mu_J[j], row, theta, sums.dtheta_G)
+            loss += added
+            sum_r += r
         sums.loss_N[n] = np.float32(loss)
         _to_logits(row, np.float32(sum_r * factor), scale, logits_NG[n], sums.dbias_G)
         for g in range(zero_bias_G.size):

@@ -1,7 +1,8 @@
 """Arithmetic of the CPU kernels: exponential and logarithms without branch or call, bits of floats, gamma functions.
 
-In float32, so written that LLVM makes vector instructions of a loop around them. `kernels` is what numba keeps in its
-cache, by that file's time alone: whoever changes this one touches that one too.
+So written that LLVM makes vector instructions of a loop around them, in float32, and in float64 where a name says
+``double``. `kernels` is what numba keeps in its cache, by that file's time alone: whoever changes this one touches that
+one too.
 """
 
 from __future__ import annotations
@@ -20,12 +21,19 @@ goes on would not end with the weights of an uninterrupted one. Sums get their v
 SMALLEST = np.float32(-87.0)
 ONE, HALF, TWO = np.float32(1), np.float32(0.5), np.float32(2)
 LN2, LOG2_E = np.float32(math.log(2)), np.float32(1 / math.log(2))
+DOUBLE_LN2 = math.log(2)
 LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 ROUND = np.float32(1.5 * 2**23)
 """Added, it rounds a float32 to a whole number, which then stands in the last bits."""
 SQRT_HALF_BITS = np.int32(0x3F3504F3)
 MANTISSA, BIAS = np.int32(23), np.int32(127)
 ALL_BUT_SIGN = np.int32(0x7FFFFFFF)
+DOUBLE_MANTISSA, DOUBLE_BIAS = np.uint64(52), np.uint64(1023)
+SQRT_HALF_TO_ONE = np.uint64(0x3FF0000000000000 - 0x3FE6A09E667F3BCD)
+"""Added to the bits of a float64, it lets the exponent change at sqrt(1/2) in place of 1."""
+TWO_52 = 2.0**52
+TWO_52_BITS = np.uint64(0x4330000000000000)
+"""Of 2^52, whose last bits hold a whole number: AVX2 turns no 64-bit integer into a float64."""
 HALF_LOG_2_PI = 0.5 * math.log(2 * math.pi)
 ASYMPTOTIC = 8.0
 """From here on the asymptotic series of lgamma and digamma are exact to 1e-13."""
@@ -49,6 +57,26 @@ def from_bits(typing: Any, x: Any) -> Any:
         return builder.bitcast(args[0], ir.FloatType())
 
     return types.float32(types.int32), generate
+
+
+@intrinsic
+def double_bits(typing: Any, x: Any) -> Any:
+    """The bits of a float64 as a uint64."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.IntType(64))
+
+    return types.uint64(types.float64), generate
+
+
+@intrinsic
+def double_from_bits(typing: Any, x: Any) -> Any:
+    """The float64 of the bits of a uint64."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.DoubleType())
+
+    return types.float64(types.uint64), generate
 
 
 @intrinsic
@@ -130,17 +158,60 @@ def fast_log(x: Any) -> Any:
     return _log_of(k, x * from_bits(np.int32((BIAS - k) << MANTISSA)) - ONE)
 
 
+@njit(fastmath=FAST, forceinline=True, error_model="numpy")
+def _double_log_of(exponent: Any, f: Any) -> Any:
+    """As `_log_of`, with the exponent's bits as they stand in a float64."""
+    s = f / (f + 2.0)
+    z = s * s
+    series = 2 / 23
+    series = series * z + 2 / 21
+    series = series * z + 2 / 19
+    series = series * z + 2 / 17
+    series = series * z + 2 / 15
+    series = series * z + 2 / 13
+    series = series * z + 2 / 11
+    series = series * z + 2 / 9
+    series = series * z + 2 / 7
+    series = series * z + 2 / 5
+    series = series * z + 2 / 3
+    k = double_from_bits(exponent | TWO_52_BITS) - (TWO_52 + 1023.0)
+    return k * DOUBLE_LN2 + (2.0 * s + s * z * series)
+
+
+@njit(fastmath=FAST, forceinline=True, error_model="numpy")
+def double_log1p(u: Any) -> Any:
+    """log(1 + u) for u >= 0 in float64, relative error 1e-15."""
+    exponent = (double_bits(u + 1.0) + SQRT_HALF_TO_ONE) >> DOUBLE_MANTISSA
+    scale = double_from_bits((DOUBLE_BIAS + DOUBLE_BIAS - exponent) << DOUBLE_MANTISSA)
+    return _double_log_of(exponent, u * scale + (scale - 1.0))
+
+
+@njit(fastmath=FAST, forceinline=True, error_model="numpy")
+def double_log(x: Any) -> Any:
+    """log(x) for x > 0 in float64, to 1e-15 of the greater of it and 1."""
+    exponent = (double_bits(x) + SQRT_HALF_TO_ONE) >> DOUBLE_MANTISSA
+    return _double_log_of(
+        exponent, x * double_from_bits((DOUBLE_BIAS + DOUBLE_BIAS - exponent) << DOUBLE_MANTISSA) - 1.0
+    )
+
+
+@njit(fastmath=FAST, forceinline=True, error_model="numpy")
+def asymptotic_gammas(x: Any, log: Any) -> Any:
+    """Logarithm of gamma, and digamma, for x from `ASYMPTOTIC`, given log(x): Abramowitz and Stegun 6.1.41, 6.3.18."""
+    i = 1.0 / x
+    z = i * i
+    stirling = i * (1 / 12 - z * (1 / 360 - z * (1 / 1260 - z * (1 / 1680 - z * (1 / 1188 - z * (691 / 360360))))))
+    series = z * (1 / 12 - z * (1 / 120 - z * (1 / 252 - z * (1 / 240 - z * (1 / 132 - z * (691 / 32760))))))
+    return (x - 0.5) * log - x + HALF_LOG_2_PI + stirling, log - 0.5 * i - series
+
+
 @njit(error_model="numpy")
 def gammas(x: float) -> Any:
-    """Logarithm of gamma, and digamma, for x > 0: recurrence to 8, then Abramowitz and Stegun 6.1.41 and 6.3.18."""
+    """Logarithm of gamma, and digamma, for x > 0, by recurrence to `ASYMPTOTIC`."""
     product, below = 1.0, 0.0
     while x < ASYMPTOTIC:
         product *= x
         below += 1.0 / x
         x += 1.0
-    log, i = math.log(x), 1.0 / x
-    z = i * i
-    stirling = i * (1 / 12 - z * (1 / 360 - z * (1 / 1260 - z * (1 / 1680 - z * (1 / 1188 - z * 691 / 360360)))))
-    series = z * (1 / 12 - z * (1 / 120 - z * (1 / 252 - z * (1 / 240 - z * (1 / 132 - z * 691 / 32760)))))
-    lgamma = (x - 0.5) * log - x + HALF_LOG_2_PI + stirling
-    return lgamma - math.log(product), log - 0.5 * i - series - below
+    lgamma, digamma = asymptotic_gammas(x, math.log(x))
+    return lgamma - math.log(product), digamma - below
