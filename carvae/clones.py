@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def run(source: Path, out: Path, config: ClonesConfig, seed: int = 0) -> Path:
         flow(found),
         sample_figures(found, config, np.random.default_rng(seed)),
     )
-    followed = [patient for patient in found.patients() if len(found.of(patient)[1]) > 1]
+    followed = sorted(set(tables[0]["patient"]))
     out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         places = {name: stack.enter_context(replacing_file(out / name)) for name in TABLES}
@@ -95,7 +96,9 @@ def run(source: Path, out: Path, config: ClonesConfig, seed: int = 0) -> Path:
         picture.savefig(stack.enter_context(replacing_file(out / PLOTS[1])), dpi=DPI)
     if not followed:
         (out / PLOTS[0]).unlink(missing_ok=True)  # of an earlier run
-        log.info("no patient has two time points, so there is nothing to follow and no %s", PLOTS[0])
+        several = facts(found)["followed"]
+        why = "no clone is at two time points" if several else "no patient has two time points with clones"
+        log.info("%s, so there is nothing to follow and no %s", why, PLOTS[0])
     log.info("%s clones are seen at two or more time points; wrote tables and pictures to %s", len(tables[0]), out)
     return out
 
@@ -120,7 +123,7 @@ def facts(found: ClonalCells) -> dict[str, Any]:
         "with_clone": int(found.cells["clone"].notna().sum()),
         "patients": list(map(str, found.patients())),
         "timepoints": list(found.order),
-        "followed": [str(patient) for patient in found.patients() if len(found.of(patient)[1]) > 1],
+        "followed": [str(patient) for patient in found.patients() if len(found.cloned(patient)[1]) > 1],
     }
 
 
@@ -130,7 +133,7 @@ def read_obs(source: Path, config: ClonesConfig) -> pd.DataFrame:
     Raises
     ------
     ReadError
-        The file is not there, broken, or of another kind; or the folder holds none.
+        The file is not there, broken, or of another kind; or the folder holds none, or one twice.
     """
     if not source.exists():
         raise ReadError(f"{source} does not exist")
@@ -140,7 +143,11 @@ def read_obs(source: Path, config: ClonesConfig) -> pd.DataFrame:
         files = [path for path in files if path not in twice and not path.name.endswith(".samples.csv")]
         if not files:
             raise ReadError(f"{source} holds no {', '.join(CELLS)}")
-        return pd.concat([_read_file(path, config) for path in files], ignore_index=True)
+        tables = [_read_file(path, config) for path in files]
+        for (one, a), (other, b) in combinations(zip(files, tables, strict=True), 2):
+            if a.equals(b):
+                raise ReadError(f"{one} and {other} hold the same cells, which would count twice; keep one of them")
+        return pd.concat(tables, ignore_index=True)
     return _read_file(source, config)
 
 

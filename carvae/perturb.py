@@ -25,6 +25,7 @@ from carvae.config import PredictConfig
 from carvae.data.atomic import replacing_file
 from carvae.data.patients import Floats
 from carvae.data.readers import CountsSource, open_samples
+from carvae.data.sheet import told_of_cells
 from carvae.data.spreadsheet import write_table
 from carvae.errors import ConfigError, CountsError, SchemaError, nearest
 from carvae.model.bundle import Bundle
@@ -142,7 +143,8 @@ def _cells(
     rng: np.random.Generator,
 ) -> Cells:
     samples = Samples.of(sources, predict.sample)
-    obs, chosen_N = cells_of(sources, predict.sample), _where(sources, config.where)
+    obs = cells_of(sources, predict)
+    chosen_N = _where(sources, told_of_cells(predict.sheet, obs["sample"]), config.where)
     taken_N = np.zeros(len(chosen_N), np.bool_)
     within = Samples(samples.code_N[chosen_N], samples.names)
     taken_N[np.flatnonzero(chosen_N)[within.evenly(config.max_cells, rng)]] = True
@@ -166,16 +168,24 @@ def _cells(
     return Cells(known, obs[taken_N][known_N].reset_index(drop=True))
 
 
-def _where(sources: Sequence[CountsSource], where: Mapping[str, str]) -> NDArray[np.bool_]:
-    """Cells that have the values asked for; raises where a column, or a cell with them, is not there."""
-    parts = []
+def _where(sources: Sequence[CountsSource], told: pd.DataFrame, where: Mapping[str, str]) -> NDArray[np.bool_]:
+    """Cells that have the values asked for; raises where a column, or a cell with them, is not there.
+
+    Parameters
+    ----------
+    told
+        What the table of samples says of each cell; it goes before the query's own columns.
+    """
+    parts, first = [], 0
     for source in sources:
-        obs = source.obs
+        known = told.iloc[first : first + source.n_cells].set_axis(source.obs.index)
+        obs = source.obs.drop(columns=known.columns, errors="ignore").join(known)
+        first += source.n_cells
         own = np.ones(len(obs), np.bool_)
         for column, value in where.items():
             if column not in obs:
-                known = nearest(column, map(str, obs.columns))
-                raise SchemaError(f"{source.name} has no column {column!r} for perturb.where{known}")
+                hint = nearest(column, map(str, obs.columns))
+                raise SchemaError(f"{source.name} has no column {column!r} for perturb.where{hint}")
             own &= (obs[column].astype("string") == value).fillna(False).to_numpy(bool)
         parts.append(own)
     chosen_N: NDArray[np.bool_] = np.concatenate(parts)

@@ -225,7 +225,7 @@ def _outcomes(cells: Annotated, bundle: Bundle | None, seed: int) -> tuple[pd.Da
     predict = PredictConfig(**{name: cells.settings[name] for name in SETTINGS if name in cells.settings})
     try:
         sources = open_samples(cells.path, counts=predict.counts)
-        obs = cells_of(sources, predict.sample)
+        obs = cells_of(sources, predict)
         described = described_query(bundle, sources, obs["sample"].to_numpy(str), predict, seed)
         return predicted(bundle, described, obs)[0], ""
     except CarvaeError as error:

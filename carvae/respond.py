@@ -19,6 +19,7 @@ from carvae.data.atomic import replacing_file
 from carvae.data.patients import Floats, Patients
 from carvae.data.readers import CountsSource, open_samples
 from carvae.data.schema import inspect_obs, named_column, query_samples
+from carvae.data.sheet import told_of_cells
 from carvae.data.spreadsheet import write_table
 from carvae.errors import BundleError, ConfigError, RespondError, SchemaError
 from carvae.model.bundle import Bundle
@@ -48,7 +49,7 @@ def run(query: Path, model: Path, out: Path, predict: PredictConfig, seed: int =
     bundle = load_on(model, predict)
     refuse(bundle, out)
     sources = open_samples(query, counts=predict.counts)
-    obs = cells_of(sources, predict.sample)
+    obs = cells_of(sources, predict)
     described = described_query(bundle, sources, obs["sample"].to_numpy(str), predict, seed)
     table, states = predicted(bundle, described, obs)
     with replacing_file(out) as scratch:
@@ -99,21 +100,32 @@ def predicted(bundle: Bundle, described: Described, obs: pd.DataFrame) -> tuple[
     return table, _states(responder.predictor, asked, model) if isinstance(responder.predictor, Head) else None
 
 
-def cells_of(sources: Sequence[CountsSource], column: str | None) -> pd.DataFrame:
-    """Sample, patient and product of each cell; raises SchemaError where a patient has several outcomes."""
-    parts = []
+def cells_of(sources: Sequence[CountsSource], predict: PredictConfig) -> pd.DataFrame:
+    """Sample, patient and product of each cell, and what ``predict.sheet`` says of it.
+
+    Raises
+    ------
+    SchemaError
+        A patient has several outcomes, a sample is of several patients, or the sheet cannot be used.
+    """
+    parts, unnamed = [], []
     for source in sources:
-        sample_N, _ = query_samples(source.obs, source.name, column)
+        sample_N, _ = query_samples(source.obs, source.name, predict.sample)
         _refuse_contradiction(source.obs, source.name)
         found = inspect_obs(source.obs, source.name, {}, {}, require=()).obs
         part = pd.DataFrame({"sample": sample_N.astype(str)})
         for name in ("patient", "product"):
             known = name in found
             part[name] = found[name].astype(object).to_numpy() if known else (sample_N if name == "patient" else np.nan)
-        if "patient" not in found:
-            log.info("%s names no patient: every sample is taken for one", source.name)
+        unnamed += [] if "patient" in found else [source.name]
         parts.append(part)
     obs = pd.concat(parts, ignore_index=True)
+    told = told_of_cells(predict.sheet, obs["sample"])
+    obs = obs.assign(**{str(column): told[column].astype(object) for column in told})
+    if "patient" in told:
+        obs["patient"] = obs["patient"].fillna(obs["sample"])
+    elif unnamed:
+        log.info("%s names no patient: every sample is taken for one (predict.sheet says who it is)", unnamed[0])
     several = obs.groupby("sample")["patient"].nunique()
     if (several > 1).any():
         raise SchemaError(f"sample {several.idxmax()!r} has cells of {several.max()} patients; name samples by patient")

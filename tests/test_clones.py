@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from trained import carvae
 
+from carvae import clones
 from carvae.clones import PLOTS, TABLES, clonal_cells, run
 from carvae.errors import SchemaError
 from carvae.section_patient import ClonesConfig
@@ -80,6 +81,22 @@ def test_what_would_be_followed_is_said_and_what_was_is_told_to_programs(
     assert said.strip() in caplog.text, "a run begins with what --dry-run says"
 
 
+def test_a_patient_without_a_clone_seen_twice_has_no_empty_panel(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[str] = []
+    real = clones.draw_tracking
+    monkeypatch.setattr(clones, "draw_tracking", lambda found, who, top: (drawn.extend(who), real(found, who, top))[1])
+    rows = ["patient,timepoint,state,clone_id", "A,D0,m,x", "A,D7,e,x", "B,D0,m,", "B,D7,m,", "C,D0,m,y", "C,D7,m,z"]
+    (tmp_path / "cells.csv").write_text("\n".join(rows))
+    run(tmp_path / "cells.csv", tmp_path / "out", ClonesConfig())
+    assert drawn == ["A"]
+    (tmp_path / "cells.csv").write_text("\n".join([rows[0], *rows[-2:]]))
+    run(tmp_path / "cells.csv", tmp_path / "out", ClonesConfig())
+    assert not (tmp_path / "out" / PLOTS[0]).exists()
+    assert "no clone is at two time points, so there is nothing to follow" in caplog.text
+
+
 def test_months_that_were_annotated_one_by_one_are_put_together(
     table: pd.DataFrame, written: Path, tmp_path: Path
 ) -> None:
@@ -93,6 +110,19 @@ def test_months_that_were_annotated_one_by_one_are_put_together(
         assert (tmp_path / "out" / name).read_bytes() == (written / "out" / name).read_bytes()
 
 
+def test_a_copy_in_the_folder_is_refused(table: pd.DataFrame, tmp_path: Path) -> None:
+    folder = tmp_path / "months"
+    folder.mkdir()
+    for time, cells in table.groupby("timepoint"):
+        cells.to_csv(folder / f"{time}.csv", index=False)
+    (folder / "D28 (1).csv").write_bytes((folder / "D28.csv").read_bytes())
+    answer = carvae("clones", folder, "--out", tmp_path / "out")
+    assert answer.code == 1
+    assert "D28 (1).csv and" in answer.err
+    assert "hold the same cells, which would count twice; keep one of them" in answer.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_one_time_point_is_told_and_leaves_no_old_picture(
     table: pd.DataFrame, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -102,7 +132,7 @@ def test_one_time_point_is_told_and_leaves_no_old_picture(
     (tmp_path / "out" / PLOTS[0]).touch()
     answer = carvae("clones", tmp_path / "cells.tsv", "--out", tmp_path / "out")
     assert answer.code == 0, answer.err
-    assert "no patient has two time points" in caplog.text
+    assert "no patient has two time points with clones, so there is nothing to follow" in caplog.text
     assert "patient is taken from obs['donor_id']" in caplog.text
     assert not (tmp_path / "out" / PLOTS[0]).exists()
     assert (tmp_path / "out" / PLOTS[1]).exists()

@@ -16,6 +16,7 @@ from trained import carvae, write_config
 from carvae.errors import LeakError
 from carvae.evaluation.response import INCONCLUSIVE, OTHER_WAY, PREDICTS, Run, designs_of, evaluate, scores_of, verdict
 from carvae.evaluation.response_figures import calibration, decision_curve
+from carvae.evaluation.response_report import why_inconclusive
 from carvae.response.choice import CHOSEN
 from carvae.response.methods import Method, baselines, linear
 from carvae.section_respond import RespondConfig
@@ -162,6 +163,33 @@ def test_predicts_is_blocked_where_chance_is_not_excluded(
     low: float | None, high: float | None, p: float | None, both: bool, said: str
 ) -> None:
     assert verdict({"value": 0.6, "low": low, "high": high}, p, both_sides=both) == said
+
+
+def test_what_has_more_than_two_levels_has_no_auroc(tmp_path: Path) -> None:
+    frame = table(0.0, n=60, outcome=["SD", "PR", "CR", "CR", "PR"] * 12)
+    answer = run(tmp_path, frame, levels=[["SD"], ["PR"], ["CR"]], permutations=1)
+    assert answer.code == 0, answer.err
+    card = (tmp_path / "out" / "card.md").read_text()
+    assert "| method | concordance within study |" in card
+    assert "AUROC" not in card
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "shuffles", "why"),
+    [
+        (0.4, 0.8, 200, "the interval holds 0.5"),
+        (0.6, 0.8, 200, "shuffled outcomes do as well too often"),
+        (0.6, 0.8, 19, "19 shuffles can show nothing; 20 are the least"),
+        (0.6, 0.8, 0, "0 shuffles can show nothing"),
+        (0.2, 0.4, 200, "the wrong way round"),
+    ],
+)
+def test_why_nothing_can_be_said_is_the_true_reason(low: float, high: float, shuffles: int, why: str) -> None:
+    assert why in why_inconclusive({"low": low, "high": high}, shuffles)
+    if shuffles and "can show nothing" not in why:
+        return
+    best = 1 / (1 + shuffles)  # every shuffle does worse
+    assert verdict({"low": low, "high": high}, best, both_sides=False) == INCONCLUSIVE
 
 
 def test_calibration_of_true_probabilities_is_right_and_of_extreme_ones_is_not() -> None:

@@ -98,6 +98,23 @@ def test_a_clinical_table_is_joined_by_sample_or_patient(tmp_path: Path) -> None
     )
 
 
+def test_a_clinical_table_of_other_names_is_told_and_not_taken_for_missing_outcomes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    features, clinical = tmp_path / "features.csv", tmp_path / "clinical.csv"
+    FRAME.drop(columns="outcome").to_csv(features, index=False)
+    config = RespondConfig(table=features, clinical=clinical, levels=LEVELS)
+    clinical.write_text("patient,outcome\nPT-a,CR\nPT-b,PD\n")
+    with pytest.raises(SchemaError, match=r"no patient of .*features.csv is in .*: there they look like 'PT-a', here "):
+        read_patients(config)
+    clinical.write_text("Patient,outcome\na,CR\n")
+    with pytest.raises(SchemaError, match=r"in common; .*clinical.csv has Patient, outcome: call the column alike"):
+        read_patients(config)
+    clinical.write_text("patient,outcome\na,CR\nb,PD\n")
+    assert np.isnan(read_patients(config).outcome_R).tolist() == [False, False, True]
+    assert "1 of 3 rows of" in caplog.text
+
+
 def test_rows_where_a_column_has_another_value_are_left_out(tmp_path: Path) -> None:
     FRAME.assign(day=[7, 7, 30]).to_csv(tmp_path / "t.csv", index=False)
     settings = {"table": tmp_path / "t.csv", "levels": LEVELS, "where": {"day": "7"}}
@@ -129,6 +146,23 @@ def test_copies_of_rows_cells_and_clones_are_refused() -> None:
     clones = (*patients.clones[:5], frozenset({"P000"}))
     with pytest.raises(SchemaError, match=r"'P05' shares clones .* with patient 'P00'"):
         check_patients(replace(patients, clones=clones))
+
+
+def test_patients_of_whom_nothing_was_measured_are_no_copies_of_each_other() -> None:
+    patients = patients_of(12)
+    rows = patients.x_RF.copy()
+    rows[[3, 5, 8]] = np.nan
+    check_patients(replace(patients, x_RF=rows))
+    rows[1] = rows[0]
+    with pytest.raises(SchemaError, match="'P01' has the same features as patient 'P00'"):
+        check_patients(replace(patients, x_RF=rows))
+
+
+def test_an_outcome_that_is_found_by_its_name_is_not_said_to_be_set_aside() -> None:
+    frame = FRAME.drop(columns="outcome").assign(response=[1.0, 0.0, np.nan])
+    found = read(frame, levels=[["0"], ["1"]])
+    assert found.outcome_R.tolist()[:2] == [1, 0]
+    assert (found.columns, found.set_aside) == (("fraction naive",), ("pfs_months",))
 
 
 def test_a_shuffle_deals_outcomes_within_study_and_keeps_patients_whole() -> None:

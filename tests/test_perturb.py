@@ -121,6 +121,21 @@ def test_states_are_means_over_patients_of_the_table_of_samples(perturbed: Path)
     assert matplotlib.image.imread(perturbed / "perturb.png").std() > 0.01
 
 
+def test_the_table_of_samples_says_patients_and_time_points(world: World, tmp_path: Path) -> None:
+    names = sorted(world.query.obs["library_id"].astype(str).unique())
+    sheet = pd.DataFrame({"sample": names, "patient": [f"{n // 2:03d}" for n in range(len(names))]})
+    sheet["timepoint"] = ["product" if n % 2 else "D28" for n in range(len(names))]
+    sheet.to_csv(tmp_path / "samples.csv", index=False)
+    settings = (f"predict.sheet={tmp_path / 'samples.csv'}", "perturb.up=[exhaustion]", "perturb.controls=0")
+    arguments = ("perturb", world.query_path, "--model", world.bundle, "--out", tmp_path / "o", "predict.min_counts=5")
+    assert carvae(*arguments, *settings, "perturb.where.timepoint=product").code == 0
+    samples = pd.read_csv(tmp_path / "o" / "samples.csv", dtype=str)
+    asked = sheet[sheet["timepoint"] == "product"]
+    assert set(zip(samples["sample"], samples["patient"], strict=True)) == set(
+        zip(asked["sample"], asked["patient"], strict=True)
+    )
+
+
 def test_the_interval_of_one_patient_holds_its_difference(world: World, tmp_path: Path) -> None:
     """Its samples weigh alike, however many cells they have."""
     obs = world.query.obs

@@ -151,6 +151,37 @@ def test_contradictory_outcomes_are_one_sentence_and_nothing_is_written(cohort: 
     assert not (tmp_path / "out.csv").exists()
 
 
+def sheet_of(query: ad.AnnData, path: Path) -> pd.DataFrame:
+    """A table of samples, written as a spreadsheet does: two samples a patient, of whom the query says nothing."""
+    names = sorted(query.obs["library_id"].astype(str).unique())
+    sheet = pd.DataFrame({"sample": names, "patient": [f"{n // 2:03d}" for n in range(len(names))]})
+    sheet = sheet.assign(product="axi-cel", timepoint=["product", "D28"] * (len(names) // 2))
+    sheet.to_csv(path, index=False, sep=";", encoding="utf-8-sig")
+    return sheet
+
+
+def test_the_table_of_samples_says_who_the_patients_are(
+    cohort: Cohort, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    query = cohort.query.copy()
+    query.obs = query.obs.drop(columns=["subject", "product", "response"])
+    query.write_h5ad(tmp_path / "query.h5ad")
+    sheet = sheet_of(query, tmp_path / "samples.csv")
+    arguments = ("respond", tmp_path / "query.h5ad", "--model", cohort.folder, "--out", tmp_path / "out.csv")
+    setting = f"predict.sheet={tmp_path / 'samples.csv'}"
+    assert carvae(*arguments, setting).code == 0
+    found = pd.read_csv(tmp_path / "out.csv", dtype={"patient": str}).fillna("")
+    assert found["patient"].tolist() == sorted(set(sheet["patient"]))
+    assert (found["samples"] == 2).all()
+    assert not found["note"].str.contains("product").any()
+    assert "names no patient" not in caplog.text
+    sheet.assign(response=["CR", "NR"] * (len(sheet) // 2)).to_csv(tmp_path / "samples.csv", index=False)
+    answer = carvae(*arguments, setting)
+    assert answer.code == 1
+    assert "samples.csv cannot be used: column 'response'" in answer.err
+    assert "'000': 'CR', 'NR'" in answer.err
+
+
 def test_one_patient_of_an_unseen_product_is_answered_with_care(
     cohort: Cohort, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -43,3 +43,11 @@ def test_an_order_that_is_given_holds_and_may_leave_out() -> None:
         in_order(["late", "early"], ["early", "lat"])
     with pytest.raises(SchemaError, match=r"it is not clear when 'relapse' was; .*clones\.order=\["):
         in_order(["D7", "relapse"])
+
+
+def test_a_dash_that_may_be_no_minus_is_not_guessed() -> None:
+    with pytest.raises(SchemaError, match=r"it is not clear when 'Day-28', 'Day-7' was; .*clones\.order=\["):
+        in_order(["product", "Day-7", "Day-28"])
+    assert in_order(["D28", "product", "D-5"]) == ["D-5", "product", "D28"], "28 has no dash, so that 5 has a minus"
+    assert in_order(["D-5", "D0"]) == ["D-5", "D0"]
+    assert in_order(["Day -5", "Day -30"]) == ["Day -30", "Day -5"]

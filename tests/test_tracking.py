@@ -164,3 +164,23 @@ def test_one_time_point_has_nothing_to_follow() -> None:
     assert not len(persistence(found))
     assert not len(transitions(found))
     assert len(flow(found)) == 2
+
+
+def test_a_time_point_without_receptors_ends_no_comparison() -> None:
+    found = cells(
+        ("p", "product", "memory", None, 50),  # no receptors were read of the product and at month 3
+        ("p", "D7", "memory", "big", 20),
+        ("p", "M3", "memory", None, 30),
+        ("p", "M6", "exhausted", "big", 30),
+        ("p", "M9", "exhausted", "big", 10),
+    )
+    found = ClonalCells(found.cells, ("product", "D7", "M3", "M6", "M9"))
+    pairs = [(start, end) for _, _, start, end in found.pairs()]
+    assert pairs == [("D7", "M6"), ("M6", "M9"), ("D7", "M9")], "the first is the first with clones"
+    changed = changes(found, 0.05)
+    assert list(zip(changed["from"], changed["to"], changed["n_from"], changed["n_to"], strict=True)) == [
+        ("D7", "M6", 20, 30),
+        ("M6", "M9", 30, 10),
+        ("D7", "M9", 20, 10),
+    ]
+    assert set(zip(transitions(found)["from"], transitions(found)["to"], strict=True)) == set(pairs)

@@ -5,6 +5,7 @@ Axes: R rows (samples), P patients, F features, L levels of the outcome.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 from carvae.data.tables import read_table
 from carvae.errors import SchemaError, join_problems
 from carvae.section_respond import RespondConfig
+
+log = logging.getLogger(__name__)
 
 Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]
@@ -158,15 +161,16 @@ def patients_of(frame: pd.DataFrame, config: RespondConfig) -> Patients:
     patient = named.get("patient", named.get("sample"))
     if patient is None:
         raise SchemaError(f"the table has no column 'patient'; name it in respond.columns (there are {_some(frame)})")
+    taken = set(config.columns.values()) | set(config.where)
     if "outcome" not in named and "response" in frame:
         named["outcome"] = frame["response"]
+        taken.add("response")
     if "outcome" not in named:
         raise SchemaError(f"the table has no column 'outcome'; name it in respond.columns (there are {_some(frame)})")
     if (gone := int(patient.isna().sum())) > 0:
         raise SchemaError(f"{gone} rows have no patient; remove or name them, since outcomes belong to patients")
     outcome_R, event_R, levels = outcomes_of(named["outcome"], named.get("event"), config)
     study = _text(named["study"]).fillna("") if "study" in named else pd.Series([ONE_STUDY] * len(frame))
-    taken = set(config.columns.values()) | set(config.where)
     beside = {n: _plain(s) for n, s in named.items() if n not in {"patient", "sample", "study", "outcome", "event"}}
     features, set_aside = _features(frame, taken, config)
     found = Patients(
@@ -246,10 +250,12 @@ def check_patients(found: Patients) -> None:
 def _told_twice(found: Patients) -> list[str]:
     """Rows, cells and clones that two patients share: no split could keep them apart."""
     problems = []
-    measured = found.x_RF[:, (found.x_RF % 1 != 0).mean(0) > HALF]  # counts and flags agree by chance
-    if measured.shape[1] >= MIN_MEASURED:
-        rows = ["|".join(f"{v:.{MAX_DIGITS}g}" for v in row) for row in measured]
-        problems += _shared(zip(rows, found.patient_R, strict=True), "has the same features as")
+    known = ~np.isnan(found.x_RF)
+    fractions = (known & (found.x_RF % 1 != 0)).sum(0)
+    measured = fractions > HALF * known.sum(0)  # counts and flags agree by chance
+    told = known[:, measured].sum(1) >= MIN_MEASURED  # samples of which nothing was measured are alike, and no copies
+    rows = ["|".join(f"{v:.{MAX_DIGITS}g}" for v in row) for row in found.x_RF[told][:, measured]]
+    problems += _shared(zip(rows, found.patient_R[told], strict=True), "has the same features as")
     for space, bags in found.bags.items():
         cells = ((cell.tobytes(), name) for bag, name in zip(bags, found.patient_R, strict=True) for cell in bag)
         problems += _shared(cells, f"shares cells (same coordinates in {space!r}) with")
@@ -304,6 +310,7 @@ def _features(frame: pd.DataFrame, taken: set[str], config: RespondConfig) -> tu
 
 def _joined(frame: pd.DataFrame, clinical: pd.DataFrame, config: RespondConfig) -> pd.DataFrame:
     """The table with the columns of the clinical one, by the first of sample and patient that both have."""
+    table = config.table or "the studies"
     for name in ("sample", "patient"):
         key = config.columns.get(name, name)
         if key in frame and key in clinical:
@@ -311,8 +318,18 @@ def _joined(frame: pd.DataFrame, clinical: pd.DataFrame, config: RespondConfig) 
                 raise SchemaError(f"{config.clinical} has several rows for one {key!r}; give one")
             new = [key, *(c for c in clinical if c not in frame)]
             left = frame.assign(**{key: _text(frame[key])})
-            return left.merge(clinical[new].assign(**{key: _text(clinical[key])}), on=key, how="left")
-    raise SchemaError(f"{config.table} and {config.clinical} have neither 'sample' nor 'patient' in common")
+            right = clinical[new].assign(**{key: _text(clinical[key])})
+            met = left[key].isin(right[key].dropna())
+            if not met.any():
+                looks = f"there they look like {right[key].iloc[0]!r}, here like {left[key].iloc[0]!r}"
+                raise SchemaError(f"no {key} of {table} is in {config.clinical}: {looks}; write them alike")
+            if not met.all():
+                log.warning("%s of %s rows of %s have no row in %s", (~met).sum(), len(met), table, config.clinical)
+            return left.merge(right, on=key, how="left")
+    raise SchemaError(
+        f"{table} and {config.clinical} have neither 'sample' nor 'patient' in common; {config.clinical} has "
+        f"{_some(clinical)}: call the column alike in both, or name it in respond.columns"
+    )
 
 
 def _column(frame: pd.DataFrame, column: str, where: str) -> pd.Series[str]:

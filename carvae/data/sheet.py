@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from carvae.data.schema import NAMES, inspect_obs, raise_problems
+from carvae.data.schema import NAMES, inspect_obs
 from carvae.data.tables import read_table
-from carvae.errors import SchemaError
+from carvae.errors import SchemaError, join_problems
 
 SHOWN = 5
 
@@ -24,10 +24,12 @@ def read_sheet(path: Path) -> pd.DataFrame:
         It names no sample, or one twice, or a column cannot be used.
     """
     table = read_table(path, "predict.sheet")
-    found = inspect_obs(table, "", {}, {}, require=())
-    raise_problems(found.problems)
+    found = inspect_obs(table, "", {}, {}, require=("sample",))
     if "sample" not in found.obs or found.obs["sample"].isna().any():
         raise SchemaError(f"{path} needs a column 'sample' that names every row (it has {', '.join(map(str, table))})")
+    broken = [f"column {p.column!r}: {p.what} ({p.count:,}); {p.remedy}" for p in found.problems]
+    if broken:
+        raise SchemaError(join_problems(f"{path} cannot be used", broken))
     sheet = found.obs.set_index(found.obs["sample"].astype(str).to_numpy(object)).drop(columns="sample")
     if sheet.index.has_duplicates:
         raise SchemaError(f"{path} names sample {sheet.index[sheet.index.duplicated()][0]!r} twice; keep one row of it")
@@ -54,3 +56,8 @@ def of_cells(sheet: pd.DataFrame, sample: pd.Series[str], path: Path) -> pd.Data
             f"{', '.join(map(repr, sheet.index[:SHOWN]))}{' ...' if len(sheet) > SHOWN else ''}"
         )
     return sheet.loc[sample.to_numpy(object)].reset_index(drop=True)
+
+
+def told_of_cells(path: Path | None, sample: pd.Series[str]) -> pd.DataFrame:
+    """What the sheet at ``path`` says of every cell; without columns where none is given. Raises as the two above."""
+    return pd.DataFrame(index=range(len(sample))) if path is None else of_cells(read_sheet(path), sample, path)

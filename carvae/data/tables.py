@@ -20,7 +20,7 @@ from carvae.errors import ReadError
 SEPARATORS = (",", "\t", ";")
 """The first of those that are as frequent wins."""
 NAMED = {name for column in CONTRACT if column.name in {"sample", "patient"} for name in (column.name, *column.aliases)}
-"""Columns that are read as text."""
+"""Columns that are read as text, in any case."""
 QUOTED = re.compile(r'"[^"]*"')
 WHOLE = re.compile(r"\d+\.0")
 """A number that a table wrote with a point since others were missing."""
@@ -54,7 +54,9 @@ def read_table(path: Path, setting: str = "", text: Iterable[str] = (), verbatim
             raise ReadError(f"{path} is a workbook of Excel; save the sheet as CSV (UTF-8) and give that")
         line = QUOTED.sub("", first.splitlines()[0]) if first.strip() else ""
         sep = max(SEPARATORS, key=line.count)
-        names = {*NAMED, *text}
+        with _opened(path, packed=head.startswith(PACKED)) as lines:
+            header = pd.read_csv(lines, sep=sep, nrows=0).columns
+        names = {*text, *(name for name in map(str, header) if name.casefold() in NAMED)}
         with _opened(path, packed=head.startswith(PACKED)) as lines:
             table = pd.read_csv(
                 lines,
@@ -69,6 +71,7 @@ def read_table(path: Path, setting: str = "", text: Iterable[str] = (), verbatim
         raise ReadError(f"{path} cannot be read as a table: it is no text in UTF-8; save it as CSV (UTF-8)") from None
     except (OSError, EOFError, ValueError) as error:
         raise ReadError(f"{path} cannot be read as a table: {' '.join(str(error).split())}") from None
+    table = table.dropna(how="all").reset_index(drop=True)  # a spreadsheet writes separators for rows that were cleared
     table.columns = [CONTROL.sub(" ", str(name)) for name in table]  # such as the line break of a wide header
     for name in table:
         if name in names:

@@ -19,6 +19,7 @@ _WORD = {re.sub(r"[^a-z]", "", word): place for place, words in _WORDS.items() f
 _UNIT = "|".join(sorted(DAYS, key=len, reverse=True))
 _BEFORE = re.compile(rf"^(?:post|after)?({_UNIT})s?([+-]?\d+(?:\.\d+)?)$")
 _AFTER = re.compile(rf"^([+-]?\d+(?:\.\d+)?)({_UNIT})s?(?:post|after)?(?:infusion)?$")
+_DASHED = re.compile(rf"^(?:{_UNIT})s?-\d")
 _NUMBER = re.compile(r"^[+-]?\d+(?:\.\d+)?$")
 
 
@@ -48,7 +49,8 @@ def in_order(words: Sequence[str], order: Sequence[str] = ()) -> list[str]:
     Raises
     ------
     SchemaError
-        ``order`` names a time point that is not there, or none is given and a time point says no time.
+        ``order`` names a time point that is not there, or none is given and a time point says no time: so does
+        ``Day-7`` where none is written without a dash, which may be no minus.
     """
     known = list(dict.fromkeys(words))
     if order:
@@ -58,6 +60,9 @@ def in_order(words: Sequence[str], order: Sequence[str] = ()) -> list[str]:
             )
         return list(order)
     place = {word: place_of(word) for word in known}
+    dashed = {word for word in known if _DASHED.match(word.strip().casefold())}
+    if not any(at is not None and at >= 0 and word not in dashed for word, at in place.items()):
+        place |= dict.fromkeys(dashed)  # "Day-7" and "Day-28": minus, or a mere dash?
     if unclear := sorted(word for word, at in place.items() if at is None):
         raise SchemaError(
             f"it is not clear when {', '.join(map(repr, unclear[:5]))} was; give the order from first to last: "

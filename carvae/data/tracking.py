@@ -49,16 +49,22 @@ class ClonalCells:
         there = set(own[TIME])
         return own, [time for time in self.order if time in there]
 
+    def cloned(self, patient: str) -> tuple[pd.DataFrame, list[str]]:
+        """A patient's cells with a clone, and the time points that have such cells: receptors are not always there."""
+        own, times = self.of(patient)
+        cells = own[own[CLONE].notna()]
+        there = set(cells[TIME])
+        return cells, [time for time in times if time in there]
+
     def pairs(self) -> Iterator[tuple[str, pd.DataFrame, str, str]]:
-        """Patient, cells with a clone, and two of its time points: each with the next, and the first with every one."""
+        """Patient, cells with a clone, and two of its time points with clones: each with the next, the first with all.
+
+        A time point without receptors is passed over, and ends no comparison.
+        """
         for patient in self.patients():
-            own, times = self.of(patient)
-            cloned = own[own[CLONE].notna()]
-            both = [*pairwise(times), *((times[0], time) for time in times[2:])]
-            for start, end in both:
-                pair = cloned[cloned[TIME].isin([start, end])]
-                if pair[TIME].nunique() > 1:
-                    yield patient, pair, start, end
+            cells, times = self.cloned(patient)
+            for start, end in [*pairwise(times), *((times[0], time) for time in times[2:])]:
+                yield patient, cells[cells[TIME].isin([start, end])], start, end
 
 
 def detection_limit(n_cells: int) -> float:
@@ -74,8 +80,7 @@ def tracked(found: ClonalCells) -> pd.DataFrame:
     """
     rows = []
     for patient in found.patients():
-        own, times = found.of(patient)
-        cloned = own[own[CLONE].notna()]
+        cloned, times = found.cloned(patient)
         total = cloned[TIME].value_counts()
         several = cloned.groupby(CLONE)[TIME].nunique()
         for clone, cells in cloned[cloned[CLONE].isin(several.index[several > 1])].groupby(CLONE):

@@ -22,7 +22,7 @@ from carvae.data.spreadsheet import write_table
 from carvae.errors import EvaluateError, LeakSuspected, nearest
 from carvae.evaluation import ledger
 from carvae.evaluation.card import settings_tried
-from carvae.evaluation.response import INCONCLUSIVE, SCORE, Run, evaluate
+from carvae.evaluation.response import ALPHA, CHANCE, INCONCLUSIVE, SCORE, Run, evaluate
 from carvae.model.response import HeadSettings
 from carvae.response.choice import CHOSEN
 from carvae.response.guards import CEILING, MIN_SHUFFLES, shuffles_pass
@@ -155,7 +155,7 @@ def summary(metrics: dict[str, Any]) -> str:
     auroc, p = headline["auroc"], headline["p"]
     what = {"score": f"{metrics['features'][0]!r} itself"}.get(headline["method"], "what inner folds chose")
     where = {"study": "studies held out", "patient": "patients held out", SCORE: "nothing fitted"}[headline["design"]]
-    name = "AUROC" if metrics["kind"] == "binary" else "concordance"
+    name = figure_of(metrics)
     spread = "" if auroc["low"] is None else f" [{auroc['low']:.3f}, {auroc['high']:.3f}]"
     lines = [
         f"{headline['verdict']}: {what}, within study, {where}: {name} {auroc['value']:.3f}{spread}, "
@@ -163,11 +163,7 @@ def summary(metrics: dict[str, Any]) -> str:
         + ("no shuffles made" if p is None else f"permutation p = {p:.2g} ({headline['sides']}-sided)")
     ]
     if headline["verdict"] == INCONCLUSIVE and auroc["low"] is not None:
-        lines.append(
-            "the interval holds 0.5, so this is no evidence that it predicts"
-            if auroc["low"] <= 1 / 2 <= auroc["high"]
-            else "shuffled outcomes do as well too often for this to be evidence that it predicts"
-        )
+        lines.append(why_inconclusive(auroc, len(headline["null"])))
     if power := metrics["power"]:
         needed = ", ".join(f"{effect}: {n}" for effect, n in power["patients_needed"].items())
         least = power["smallest_detectable"]
@@ -178,12 +174,28 @@ def summary(metrics: dict[str, Any]) -> str:
     for row in metrics["confounding"]:
         if row["p"] < 1 / 20:
             lines.append(
-                f"confounding: {row['what']} alone predicts the outcome (AUROC {row['auroc']:.2f}, p = {row['p']:.2g})"
+                f"confounding: {row['what']} alone predicts the outcome ({name} {row['auroc']:.2f}, p = {row['p']:.2g})"
             )
     if metrics["studies_with_one_outcome"]:
         alone = ", ".join(metrics["studies_with_one_outcome"])
         lines.append(f"studies in which all patients have one outcome tell nothing within study: {alone}")
     return "\n".join(lines)
+
+
+def figure_of(metrics: dict[str, Any]) -> str:
+    """What the figure is called: of more than two levels and of times it is no AUROC."""
+    return "AUROC" if metrics["kind"] == "binary" else "concordance"
+
+
+def why_inconclusive(auroc: dict[str, float], shuffles: int) -> str:
+    """What stands against saying that it predicts."""
+    if auroc["low"] <= CHANCE <= auroc["high"]:
+        return "the interval holds 0.5, so this is no evidence that it predicts"
+    if auroc["high"] < CHANCE:
+        return "it orders new patients the wrong way round, which is no evidence that it predicts"
+    if 1 / (1 + shuffles) >= ALPHA:  # the least p that so many can give
+        return f"{shuffles} shuffles can show nothing; {round(1 / ALPHA)} are the least (respond.permutations)"
+    return "shuffled outcomes do as well too often for this to be evidence that it predicts"
 
 
 def card_of(metrics: dict[str, Any], drawn: dict[str, str]) -> str:
@@ -195,13 +207,18 @@ def card_of(metrics: dict[str, Any], drawn: dict[str, str]) -> str:
     lines += [f"| study {study} | {n} patients |" for study, n in metrics["studies"].items()]
     lines += [f"| without an outcome | {metrics['patients_without_outcome']} patients |", ""]
     for design, found in metrics["designs"].items():
-        lines += [f"## {design}", "", "| method | AUROC within study | carvae minus it |", "|---|---|---|"]
+        lines += [
+            f"## {design}",
+            "",
+            f"| method | {figure_of(metrics)} within study | carvae minus it |",
+            "|---|---|---|",
+        ]
         for name, values in found["methods"].items():
             other = found["differences"].get(name)
             lines.append(f"| {name} | {_figure(values['auroc'])} | {_figure(other, '+') if other else ''} |")
         beaten = [n for n, d in found["differences"].items() if d["low"] is not None and d["low"] > 0]
         lines += ["", f"Beaten, with an interval of the difference above 0: {', '.join(beaten) or 'none'}.", ""]
-    lines += ["## What else predicts", "", "| alone | AUROC | p |", "|---|---|---|"]
+    lines += ["## What else predicts", "", f"| alone | {figure_of(metrics)} | p |", "|---|---|---|"]
     lines += [f"| {row['what']} | {row['auroc']:.2f} | {row['p']:.2g} |" for row in metrics["confounding"]]
     lines += ["", *(f"- suspicious: {d['what']} {d['why']}" for d in metrics["suspicions"]), ""]
     lines += [f"![{shows}]({file})" for file, shows in drawn.items()]
@@ -236,7 +253,7 @@ def _methods(axes: Axes, metrics: dict[str, Any]) -> bool:
                 axes.plot([auroc["low"], auroc["high"]], [row, row], color=colour)
     axes.set_yticks(range(len(methods)), [str(name) for name in reversed(methods)])
     axes.axvline(0.5, color=GREY, linestyle="--", linewidth=1)
-    axes.set(xlim=(0, 1), xlabel=f"AUROC within study (95% interval over patients), {design}")
+    axes.set(xlim=(0, 1), xlabel=f"{figure_of(metrics)} within study (95% interval over patients), {design}")
     return True
 
 
@@ -246,7 +263,7 @@ def _null(axes: Axes, metrics: dict[str, Any]) -> bool:
         return False
     axes.hist(headline["null"], bins=np.linspace(0, 1, 41).tolist(), color=GREY)
     axes.axvline(headline["auroc"]["value"], color=OWN_COLOUR)
-    axes.set(xlim=(0, 1), xlabel="AUROC within study", ylabel="shuffles of the outcome")
+    axes.set(xlim=(0, 1), xlabel=f"{figure_of(metrics)} within study", ylabel="shuffles of the outcome")
     axes.set_title(f"found (line) and shuffled: p = {headline['p']:.2g}, {headline['sides']}-sided", fontsize=10)
     return True
 

@@ -11,7 +11,7 @@ import pandas as pd
 from carvae.config import PredictConfig
 from carvae.data.readers import CountsSource
 from carvae.data.schema import contract_columns, query_obs
-from carvae.data.sheet import of_cells, read_sheet
+from carvae.data.sheet import told_of_cells
 from carvae.errors import ConfigError, nearest
 from carvae.section_patient import ClonesConfig
 
@@ -40,11 +40,9 @@ def about_cells(
     """
     obs = pd.concat([_of_source(source, config, clones) for source in sources], ignore_index=True)
     added = obs[[column for column in obs if column in earlier and column not in OF_CELLS]]
-    if config.sheet is not None:
-        sheet = of_cells(read_sheet(config.sheet), obs["sample"], config.sheet)
-        new = {str(column): sheet[column] for column in sheet}
-        obs, added = obs.assign(**new), added.assign(**new)
-    return obs, added
+    told = told_of_cells(config.sheet, obs["sample"])
+    new = {str(column): told[column] for column in told}
+    return obs.assign(**new), added.assign(**new)
 
 
 def _of_source(source: CountsSource, config: PredictConfig, clones: ClonesConfig) -> pd.DataFrame:

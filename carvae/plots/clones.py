@@ -59,10 +59,8 @@ def plot_tracking(
         States in the order of colours; by default those found.
     """
     axes, colour = ax or new_axes(height=4.0), colours(order or found.states())
-    own, times = found.of(patient)
-    cloned = own[own["clone"].notna()]
+    cloned, times = found.cloned(patient)
     total = cloned["timepoint"].value_counts().reindex(times, fill_value=0)
-    times = [time for time in times if total[time]]
     count = cloned.groupby(["clone", "timepoint"]).size().unstack(fill_value=0).reindex(columns=times, fill_value=0)
     share, limit = count / total[times], np.array([detection_limit(total[time]) for time in times])
     several = share[(count > 0).sum(axis=1) > 1]
@@ -92,7 +90,10 @@ def plot_tracking(
 
 
 def draw_flow(found: ClonalCells, transitions: pd.DataFrame, order: Sequence[str] | None = None) -> Canvas:
-    """Left: states of all cells at each time point. Right: states of the clones seen at a time point and the next."""
+    """Left: states of all cells at each time point. Right: states of the clones seen at a time point and the next.
+
+    A time point without receptors is on the left alone.
+    """
     patients, states = found.patients(), list(order or found.states())
     columns = 2 if len(transitions) else 1  # without a clone that was seen again there is no right side
     figure = Canvas(figsize=(6.25 * columns + 1.25 * (columns == 1), 2.1 * len(patients) + 0.6), layout="constrained")
@@ -101,7 +102,7 @@ def draw_flow(found: ClonalCells, transitions: pd.DataFrame, order: Sequence[str
     for row, patient in zip(panels, patients, strict=True):
         plot_states_over_time(found, patient, states, row[0])
         for right in row[1:]:
-            right.set_visible(len(found.of(patient)[1]) > 1)
+            right.set_visible(len(found.cloned(patient)[1]) > 1)
             plot_clone_flow(found, transitions, patient, states, right)
         for axes in row:
             axes.set(xlim=(-0.6, max(most, 2) - 0.4))
@@ -149,7 +150,7 @@ def plot_clone_flow(
 
     ``transitions`` is the table of `data.tracking.transitions`; every clone counts once.
     """
-    axes, colour, times = ax or new_axes(height=3.0), colours(order or found.states()), found.of(patient)[1]
+    axes, colour, times = ax or new_axes(height=3.0), colours(order or found.states()), found.cloned(patient)[1]
     table, labels, places = transitions, [], []
     for x, (start, end) in enumerate(pairwise(times)):
         none = not len(table)
