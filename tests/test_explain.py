@@ -10,6 +10,7 @@ import matplotlib.image
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse as sp
 import torch
 from tiny import GENES, counts_of, tiny_bundle
 from trained import PROGRAMMES, World, carvae
@@ -21,7 +22,7 @@ from carvae.errors import ConfigError
 from carvae.explain import REST
 from carvae.labels.signatures import Signatures
 from carvae.labels.tree import LabelTree
-from carvae.model.attribution import Asked, Baseline, attribute, baseline
+from carvae.model.attribution import Asked, Baseline, attribute, baseline, measured_share
 from carvae.model.bundle import Bundle, load
 from carvae.model.network import Network
 
@@ -62,6 +63,22 @@ def test_terms_add_up_to_the_change_of_the_mixed_log_odds(inverse_depth: float) 
     np.testing.assert_allclose(found.error(), whole_N - change_N, atol=1e-5)
     assert (np.abs(found.latent_NG).max() < 1e-4) == (inverse_depth > 1)
     assert (np.abs(found.gene_NG).max() == 0) == (inverse_depth == 0)
+
+
+def test_terms_add_up_where_genes_were_not_measured() -> None:
+    """What is expected of absent genes depends on the latent coordinates, and so on the genes that were measured."""
+    network, axis = a_network(0.05), TREE.axes[0].name
+    network.head.completion.get_buffer("share_G").fill_(1 / 12)
+    present = np.arange(12) % 3 > 0
+    panel = sp.csr_matrix(PANEL.multiply(present[None, :]))
+    share = measured_share(network, present)
+    assert share == pytest.approx(8 / 12)
+    found = attribute(network, Asked(panel, axis, LEAF_N, present), baseline(panel, LEAF_N, 5, share))
+    expected_NS = np.log(network.predict(panel, present_G=present).probability_NS[axis])
+    expected_N = (expected_NS - expected_NS.mean(1, keepdims=True))[np.arange(30), LEAF_N]
+    np.testing.assert_allclose(found.log_odds_N, expected_N, atol=1e-3)
+    np.testing.assert_allclose(found.error(), 0, atol=0.02 * np.abs(found.log_odds_N - found.baseline_N).max())
+    assert np.abs(found.gene_NG[:, ~present]).max() == np.abs(found.latent_NG[:, ~present]).max() == 0
 
 
 def test_the_gene_view_is_exact() -> None:

@@ -17,7 +17,7 @@ from carvae.data.sparse import CompactCSR, CountsCSR
 from carvae.model import gene_view
 from carvae.model.completion import COUNTS_PER_CELL
 from carvae.model.gene_view import fit_gene_view
-from carvae.model.heads import StateHead
+from carvae.model.heads import EVEN_AT, StateHead
 
 N, G, S = 150, 20, 3
 CONFIG = ModelConfig(n_latent=2, n_hidden=4, gene_penalty=0.01)
@@ -89,7 +89,8 @@ def test_the_answer_is_the_mean_of_both_views_with_the_genes_weighing_by_depth()
     counts, state = cells()
     head, z_NK = fitted(state, counts), torch.randn(N, 2)
     depth = np.asarray(counts.sum(1)).ravel()
-    weight = (depth / (depth + np.sort(depth)[(N - 1) // 2]))[:, None]  # torch's median is the lower one
+    relative = depth / (EVEN_AT * np.sort(depth)[(N - 1) // 2])  # torch's median is the lower one
+    weight = (relative**2 / (relative**2 + 1))[:, None]
     latent = head.latent_view(z_NK)["state"].exp().detach().numpy()
     mixed = latent ** (1 - weight) * gene_probability(head, counts) ** weight
     expected = mixed / mixed.sum(1, keepdims=True)

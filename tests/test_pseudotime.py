@@ -62,8 +62,17 @@ def test_of_many_cells_some_are_drawn_and_the_others_follow(monkeypatch: pytest.
     assert spearmanr(place, t).statistic > 0.97
 
 
-def test_the_memory_like_end_is_the_cells_of_the_highest_score() -> None:
-    score = np.append(np.arange(1000.0), np.nan)
-    assert sorted(root_cells(score)) == list(range(950, 1000))
-    assert len(root_cells(score[:30])) == 10
-    assert not len(root_cells(np.full(5, np.nan)))
+def test_the_memory_like_end_is_the_states_of_the_highest_scores() -> None:
+    """Few naive cells of two lineages, with many effector memory cells of which some score as high."""
+    rng = np.random.default_rng(0)
+    state = np.repeat(["CD4 naive", "CD8 naive", "effector memory", "rare"], [20, 30, 900, 5])
+    mean = {"CD4 naive": 0.45, "CD8 naive": 0.43, "effector memory": 0.2, "rare": 0.9}
+    score = np.array([mean[s] for s in state]) + rng.normal(0, 0.15, state.size)
+    score[3] = np.nan
+    assert sorted(root_cells(score, state)) == [i for i in range(50) if i != 3]
+
+
+def test_without_a_state_of_some_cells_the_highest_scores_begin() -> None:
+    score, state = np.append(np.arange(30.0), np.nan), np.arange(31)
+    assert sorted(root_cells(score, state)) == list(range(20, 30))
+    assert not len(root_cells(np.full(5, np.nan), np.arange(5)))

@@ -122,7 +122,8 @@ class Late:
         self.sample_N, self.n_samples, self.main, self.config = sample_N, n_samples, main, config
         self.clones, self.clones_config, self.sorting = clones, clones_config, sorting
         self.used: list[NDArray[np.bool_]] = []
-        self.root: list[NDArray[np.float32]] = []
+        self.state: list[NDArray[np.str_]] = []
+        self.score: list[NDArray[np.float32]] = []
         self.car: list[NDArray[np.int64] | None] = []
         self.total: list[NDArray[np.int64]] = []
         self.latent: list[NDArray[np.float32]] = []
@@ -135,8 +136,9 @@ class Late:
         self.total.append(labelled.total_N)
         if self.config.root is not None:
             self.latent.append(labelled.results.latent)
-            score = obs[MEMORY] if self.config.root == AUTO else obs[self.main] == self.config.root
-            self.root.append(np.asarray(score, np.float32))
+            self.state.append(obs[self.main].to_numpy(dtype=str))
+            if self.config.root == AUTO:
+                self.score.append(np.asarray(obs[MEMORY], np.float32))
 
     def results(self, rng: np.random.Generator) -> LateResults:
         """All late columns."""
@@ -187,8 +189,11 @@ class Late:
     def _order(self, used_N: NDArray[np.bool_], rng: np.random.Generator) -> NDArray[np.float32]:
         """Pseudotime of the cells used; NaN for the others."""
         place_N = np.full(len(used_N), np.nan, np.float32)
-        score_N = np.concatenate(self.root)[used_N]
-        roots = root_cells(score_N) if self.config.root == AUTO else np.flatnonzero(score_N)
+        state_N = np.concatenate(self.state)[used_N]
+        if self.config.root == AUTO:
+            roots = root_cells(np.concatenate(self.score)[used_N], state_N)
+        else:
+            roots = np.flatnonzero(state_N == self.config.root)
         if not len(roots):
             log.warning("no cell is called %s, so no order begins there; choose another predict.root", self.config.root)
             return place_N

@@ -21,16 +21,27 @@ from scipy.sparse.csgraph import connected_components
 MAX_CELLS = 20_000
 """Cells whose graph is made; the others take the mean of their nearest among these."""
 NEIGHBOURS, NEAREST = 15, 5
-TOP_SHARE, LEAST_TOP = 0.05, 10
-"""The memory-like end by score: this share of the cells, or as many."""
+LEAST_TOP = 10
+"""Cells that a state needs to begin the order, and how many begin it where none has them."""
+MEMORY_LIKE = 0.75
+"""States whose mean score is at least this share of the highest are the memory-like end."""
 MIN_CELLS = 50
 COMPONENTS = 10
 
 
-def root_cells(score_N: NDArray[np.floating]) -> NDArray[np.intp]:
-    """The cells of the highest score."""
+def root_cells(score_N: NDArray[np.floating], state_N: NDArray[np.generic]) -> NDArray[np.intp]:
+    """The cells of the memory-like states by mean score, of which both CD4 and CD8 cells may have one.
+
+    The cells of the highest score are not all at the memory-like end: where few are left, as months after infusion,
+    most of them are effector memory cells. They stand in where no state has `LEAST_TOP` cells.
+    """
     known = np.flatnonzero(np.isfinite(score_N))
-    n_top = min(len(known), max(LEAST_TOP, int(TOP_SHARE * len(known))))
+    states = pd.Series(score_N[known]).groupby(state_N[known]).agg(["mean", "size"])
+    states = states[states["size"] >= LEAST_TOP]
+    if not states.empty:
+        chosen = states.index[states["mean"] >= MEMORY_LIKE * states["mean"].max()]
+        return known[np.isin(state_N[known], chosen)]
+    n_top = min(len(known), LEAST_TOP)
     return known[np.argsort(-score_N[known], kind="stable")[:n_top]]
 
 
