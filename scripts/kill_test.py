@@ -40,7 +40,7 @@ from carvae.cli import main as command_line
 from carvae.data.simulate import SimulationSettings, simulate_studies, write_studies
 from carvae.demo import programmes
 
-KEPT = Path(__file__).resolve().parents[1] / "tests" / "bundles" / "0.1.0"
+KEPT = Path(__file__).resolve().parents[1] / "tests" / "bundles" / "0.1.0-layout4"
 KINDS = ("write", "fsync", "rename", "new file or folder", "length")
 """As failing_calls.c counts them."""
 KILLED = (-signal.SIGKILL, -signal.SIGPROF)

@@ -18,7 +18,7 @@ from carvae.model.share import shareable
 from carvae.predict import annotate
 from carvae.web.sample import write_sample
 
-KEPT = Path(__file__).resolve().parent / "bundles" / "0.1.0" / "model"
+KEPT = Path(__file__).resolve().parent / "bundles" / "0.1.0-layout4" / "model"
 
 
 @pytest.fixture(scope="module")
