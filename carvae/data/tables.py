@@ -1,7 +1,8 @@
 """Tables that users give: one reader for all of them, so that a file that is none is refused in the same words.
 
 Columns are parted by what parts the names in the first line: commas, tabs, or the semicolons that a spreadsheet writes
-where a comma is the decimal point. Names of samples and patients stay as they are written: ``007`` is no number.
+where a comma is the decimal point. Names of samples and patients stay as they are written: ``007`` is no number, and a
+sample may be called ``NA``: it is missing only where its cell is empty.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import gzip
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -19,8 +20,11 @@ from carvae.errors import ReadError
 
 SEPARATORS = (",", "\t", ";")
 """The first of those that are as frequent wins."""
-NAMED = {name for column in CONTRACT if column.name in {"sample", "patient"} for name in (column.name, *column.aliases)}
-"""Columns that are read as text."""
+SAMPLE, PATIENT = (
+    {name.casefold() for column in CONTRACT if column.name == kind for name in (column.name, *column.aliases)}
+    for kind in ("sample", "patient")
+)
+"""Columns that are read as text, whatever their case."""
 QUOTED = re.compile(r'"[^"]*"')
 WHOLE = re.compile(r"\d+\.0")
 """A number that a table wrote with a point since others were missing."""
@@ -30,7 +34,7 @@ WORKBOOK = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")
 PACKED = b"\x1f\x8b"
 
 
-def read_table(path: Path, setting: str = "", text: Iterable[str] = (), verbatim: Iterable[str] = ()) -> pd.DataFrame:
+def read_table(path: Path, setting: str = "", text: Iterable[str] = (), samples: Iterable[str] = ()) -> pd.DataFrame:
     """A table in CSV, with commas, semicolons or tabs, packed with gzip or not.
 
     Parameters
@@ -39,8 +43,8 @@ def read_table(path: Path, setting: str = "", text: Iterable[str] = (), verbatim
         What named the file, such as ``predict.sheet``, for messages.
     text
         Further columns that are read as text.
-    verbatim
-        Columns of which ``NA`` is a name, and not one that is missing.
+    samples
+        Further columns that name samples.
 
     Raises
     ------
@@ -53,14 +57,17 @@ def read_table(path: Path, setting: str = "", text: Iterable[str] = (), verbatim
             raise ReadError(f"{path} is a workbook of Excel; save the sheet as CSV (UTF-8) and give that")
         line = QUOTED.sub("", first.splitlines()[0]) if first.strip() else ""
         sep = max(SEPARATORS, key=line.count)
-        names = {*NAMED, *text}
+        packed: Literal["gzip"] | None = "gzip" if head.startswith(PACKED) else None
+        columns = pd.read_csv(path, sep=sep, encoding="utf-8-sig", compression=packed, nrows=0).columns
+        of_samples = {c for c in map(str, columns) if c.casefold() in SAMPLE} | set(samples)
+        names = {c for c in map(str, columns) if c.casefold() in PATIENT} | set(text) | of_samples
         table = pd.read_csv(
             path,
             sep=sep,
-            dtype=dict.fromkeys(names.difference(verbatim), str),
-            converters=dict.fromkeys(verbatim, str),
+            dtype=dict.fromkeys(names - of_samples, str),
+            converters=dict.fromkeys(of_samples, str),
             encoding="utf-8-sig",
-            compression="gzip" if head.startswith(PACKED) else None,
+            compression=packed,
             low_memory=False,
         )
     except FileNotFoundError:
@@ -70,6 +77,8 @@ def read_table(path: Path, setting: str = "", text: Iterable[str] = (), verbatim
     except (OSError, EOFError, ValueError) as error:
         raise ReadError(f"{path} cannot be read as a table: {' '.join(str(error).split())}") from None
     for name in table:
+        if name in of_samples:
+            table[name] = table[name].astype("str").where(table[name].map(str.strip) != "")
         if name in names:
             table[name] = _as_written(table[name])
         elif sep == ";" and not pd.api.types.is_numeric_dtype(table[name]):
