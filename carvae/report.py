@@ -167,6 +167,9 @@ def after(labelled: Path, page: Path, model: Path, settings: Config) -> Path:
         run(labelled, page, model=model, config=settings.report, clones=settings.clones, seed=settings.seed)
     except CarvaeError as error:
         raise type(error)(f"{error}; the labels are in {labelled}, and `carvae report` makes the page") from None
+    except OSError:
+        log.warning("the labels are in %s, and `carvae report` makes the page, of which nothing was written", labelled)
+        raise
     return labelled
 
 
