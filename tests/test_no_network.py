@@ -8,6 +8,7 @@ from __future__ import annotations
 import socket
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,8 @@ def heard() -> Iterator[list[tuple[str, object]]]:
 
 def test_what_goes_out_is_heard(heard: list[tuple[str, object]]) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
-        asked.connect(("192.0.2.1", 9))  # of a net for examples; a datagram's connect sends nothing
+        with suppress(OSError):  # where no network is
+            asked.connect(("192.0.2.1", 9))  # of a net for examples; a datagram's connect sends nothing
         asked.connect(("127.0.0.1", 9))
     assert heard == [("socket.connect", ("192.0.2.1", 9))]
 
