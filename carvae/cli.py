@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import re
 import shlex
 import sys
 from dataclasses import replace
@@ -15,6 +14,7 @@ import typer
 
 from carvae import __version__, verbs
 from carvae.config import Config
+from carvae.data.broken import MORE_MEMORY, too_little_memory, wanted
 from carvae.errors import CarvaeError, ConfigError
 from carvae.groups import hub, studies
 from carvae.invocation import (
@@ -54,8 +54,6 @@ Out = Annotated[Path, typer.Option(help="Result: .h5ad, .zarr, .csv or .csv.gz; 
 FULL = "; nothing was changed: make room, and give the same command again"
 REMEDY = {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EFBIG: FULL, errno.EROFS: "; choose another output"}
 """What to do about an error of the system."""
-OUT_OF_MEMORY = re.compile("not enough memory|can't (allocate memory|start new thread)|out of memory", re.IGNORECASE)
-"""What torch, and Python of threads, say instead of a MemoryError."""
 
 
 @app.callback(invoke_without_command=True)
@@ -105,6 +103,8 @@ def annotate(
     from carvae import predict
     from carvae.model.cell_clones import Asked
 
+    if report is None and "report" in settings.model_fields_set:
+        raise ConfigError("report.* is about the page, and none is asked for; give --report PAGE.html, or leave it out")
     asked = Asked(clones, settings.clones, settings.seed)
     job = Job(
         lambda: predict.run(query, model, out, settings.predict, label=True, asked=asked),
@@ -384,9 +384,9 @@ def main() -> None:
         said = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
         _fail(f"{said}{REMEDY.get(error.errno or 0, '')}")
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+        if not too_little_memory(error):
             raise
-        _fail("there is not enough memory; lower the chunk_size of the verb, or give it a machine with more")
+        _fail(f"there is not enough memory{wanted(error)}; {MORE_MEMORY}")
 
 
 def _fail(message: str) -> None:

@@ -161,7 +161,8 @@ def _read_file(source: Path, config: ClonesConfig) -> pd.DataFrame:
     except (OSError, KeyError, ValueError) as error:
         raise ReadError(f"{source} cannot be read: {' '.join(str(error).split())}") from None
     if source.name.removesuffix(".gz").endswith((".csv", ".tsv")):
-        return read_table(source, text=[name for name in (config.sample, config.patient) if name is not None])
+        text, samples = ([] if own is None else [own] for own in (config.patient, config.sample))
+        return read_table(source, text=text, samples=samples)
     raise ReadError(f"{source} is no table of cells; give .h5ad, .zarr, .csv or .tsv (.csv.gz, .tsv.gz)")
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from carvae.errors import ConfigError
 from carvae.model.bundle import load
-from carvae.model.bundle_files import check_place
+from carvae.model.bundle_files import check_outside, check_place
 from carvae.model.hub import from_folder
 from carvae.model.share import shareable
 
@@ -30,8 +29,7 @@ def run(model: Path, out: Path, *, share: bool) -> Path:
         ``out`` is the model itself, or lies in it.
     """
     check_place(out)
-    if model.resolve() in (out.resolve(), *out.resolve().parents):
-        raise ConfigError(f"--out {str(out)!r} is the model itself or lies in it; choose another folder")
+    check_outside(out, model)
     if not share:
         from_folder(model, out)
         log.info("wrote %s", out)

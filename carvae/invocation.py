@@ -12,7 +12,6 @@ import logging
 import os
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ import typer
 
 from carvae import __version__
 from carvae.config import Config
+from carvae.data.atomic import scratch_folder
 from carvae.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ OF_QUERIES: dict[str, tuple[Any, object]] = {
 GATE_FAILED = 4
 """Exit code where results were written and do not hold: a gate, or an output that came out otherwise."""
 STDOUT = "-"
-NAMES = ("sample", "patient", "study", "timepoint", "tissue", "product", "state", "gene", "model")
+NAMES = ("study", "timepoint", "tissue", "product", "state", "gene", "model")
 """Columns of tables that are words, also where they look like numbers."""
 
 
@@ -107,6 +107,10 @@ def verb_of_queries(*reads: str, prints: bool = False) -> Callable[[Callable[...
             name = verb.__name__.rstrip("_")
             if str(given["out"]) == STDOUT and not prints:
                 raise ConfigError(f"{name} writes a folder, which cannot be printed; give --out a name")
+            if str(given["out"]) == STDOUT and given.get("report") is not None:
+                raise ConfigError(
+                    "--report is made of a file with counts, and --out - prints a table; give --out A.h5ad"
+                )
             _do(name, given, common, lambda settings: verb(settings, **given), reads)
 
         command.__name__, command.__doc__ = verb.__name__, verb.__doc__
@@ -193,20 +197,9 @@ def _as_it_is() -> Iterator[None]:
 @contextmanager
 def _piped(given: dict[str, Any], *, shown: bool) -> Iterator[None]:
     """Let a verb write its table to a scratch file that goes to the standard output when it is complete."""
-    with tempfile.TemporaryDirectory(prefix="carvae-") as folder:
-        given["out"] = Path(folder) / "table.csv"
-
-        def concerns_others(record: logging.LogRecord) -> bool:
-            return folder not in record.getMessage()
-
-        handlers = logging.getLogger().handlers
-        for handler in handlers:
-            handler.addFilter(concerns_others)
-        try:
-            yield
-        finally:
-            for handler in handlers:
-                handler.removeFilter(concerns_others)
+    with scratch_folder() as folder:
+        given["out"] = folder / "table.csv"
+        yield
         if shown:
             _print(given["out"])
 
@@ -228,13 +221,11 @@ def _bundle_id(model: Path) -> str:
 
 def rows_of(paths: list[Path], end: str) -> list[dict[str, Any]]:
     """Rows of the main table, with null for what is missing."""
-    import pandas as pd
+    from carvae.data.tables import read_table
 
     table = next((path for path in paths if end and path.name.endswith(end)), None)
     rows: list[dict[str, Any]] = (
-        []
-        if table is None
-        else json.loads(pd.read_csv(table, dtype=dict.fromkeys(NAMES, str)).to_json(orient="records"))
+        [] if table is None else json.loads(read_table(table, text=NAMES).to_json(orient="records"))
     )
     return rows
 

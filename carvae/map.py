@@ -29,7 +29,7 @@ from carvae.data.schema import inspect_obs, raise_problems
 from carvae.data.spreadsheet import write_table
 from carvae.errors import BundleError, ConfigError, CountsError
 from carvae.model.bundle import Bundle
-from carvae.model.bundle_files import check_place
+from carvae.model.bundle_files import check_outside, check_place
 from carvae.model.machine import load_on
 from carvae.model.mapping import Cells, RowFit
 from carvae.model.query import Query, Samples, order_within, read
@@ -100,10 +100,7 @@ def samples_path(out: Path) -> Path:
 def refuse(bundle: Bundle, model: Path, out: Path) -> None:
     """Raise what `run` would raise before it looks at the query."""
     check_place(out)
-    if model.resolve() in (out.resolve(), *out.resolve().parents):
-        raise BundleError(
-            f"--out {str(out)!r} is the model itself or lies in it; choose another folder, and the model stays as it is"
-        )
+    check_outside(out, model)
     _refuse_model(bundle)
 
 

@@ -22,6 +22,7 @@ from carvae.data.results import TABLES
 from carvae.errors import CarvaeError, ConfigError, CountsError, GeneError, ReadError
 from carvae.labels.signatures import Signatures
 from carvae.model.bundle import Bundle, load
+from carvae.model.bundle_files import check_outside
 from carvae.page import (
     cellmap,
     certainty,
@@ -166,6 +167,9 @@ def after(labelled: Path, page: Path, model: Path, settings: Config) -> Path:
         run(labelled, page, model=model, config=settings.report, clones=settings.clones, seed=settings.seed)
     except CarvaeError as error:
         raise type(error)(f"{error}; the labels are in {labelled}, and `carvae report` makes the page") from None
+    except OSError:
+        log.warning("the labels are in %s, and `carvae report` makes the page, of which nothing was written", labelled)
+        raise
     return labelled
 
 
@@ -193,8 +197,7 @@ def refuse(annotated: Path, out: Path, model: Path | None) -> None:
         raise ConfigError(f"--out {str(out)!r} is no page; end it in .html")
     if out.is_dir():
         raise ConfigError(f"--out {str(out)!r} is a folder; name a file in it")
-    if model is not None and model.resolve() in out.resolve().parents:
-        raise ConfigError(f"--out {str(out)!r} lies in the model; choose another folder")
+    check_outside(out, model)
     if annotated.suffix == ".zarr" and annotated.resolve() in out.resolve().parents:
         raise ConfigError(f"--out {str(out)!r} lies in the store that is reported on; choose another folder")
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
+import os
 from collections.abc import Mapping
+from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from carvae import __version__
 from carvae.config import Config, PredictConfig
+from carvae.data.atomic import scratch_folder
 from carvae.data.store import CellStore
 from carvae.errors import ConfigError
 from carvae.ingest import store_path, work_folder
@@ -93,6 +95,10 @@ def run(output: Path, model: Path | None = None, query: Path | None = None) -> R
         if model is not None or query is not None:
             raise ConfigError("--model and --query are for an annotated file; a model is made again by its own config")
         return _model(output)
+    if not output.exists():
+        raise ConfigError(f"{output} does not exist; give a model, or an .h5ad or .zarr that `carvae annotate` wrote")
+    if output.is_dir() and output.suffix != ".zarr":
+        raise ConfigError(f"{output} is a folder, and no model (no model.json in it) nor an annotated .zarr")
     if model is None:
         raise ConfigError(f"give --model, the model that labelled {output}; a file does not hold its model")
     return _annotated(output, model, query)
@@ -108,9 +114,12 @@ def _model(output: Path) -> Reproduced:
             f"{saved} is not there, and a model does not hold the places of its studies; give the model where it was "
             "trained, or train with the same config"
         )
-    with tempfile.TemporaryDirectory(prefix="carvae-") as folder:
-        again = Path(folder) / output.name
-        train(Config.read(saved, [f"output={again}", "train.wandb=disabled", "train.map_every=0"]))
+    place = _place(Config.read(saved), output)
+    with scratch_folder() as folder:
+        again = folder / output.name
+        config = Config.read(saved, [f"output={again}", "train.wandb=disabled", "train.map_every=0"])
+        with chdir(place):
+            train(config)
         made = load(again, "cpu")
         rows = np.random.default_rng(0).permutation(made.provenance.n_cells)[:CELLS]
         labels, latent = _compared(bundle, made, CellStore(store_path(again)), np.sort(rows))
@@ -118,6 +127,31 @@ def _model(output: Path) -> Reproduced:
     if bundle.provenance.data_fingerprint != made.provenance.data_fingerprint:
         differs.append("the studies are not those that it was trained on (other cells, counts or columns)")
     return Reproduced(str(output), bundle.bundle_id == made.bundle_id, labels, latent, tuple(differs))
+
+
+def _place(saved: Config, output: Path) -> Path:
+    """The folder that the places in a model's config are relative to: this one, or where the model was trained.
+
+    That folder is known where the config names its output by a relative place, since the model lies there.
+
+    Raises
+    ------
+    ConfigError
+        No folder that is tried holds the studies.
+    """
+    paths = [study.path for study in saved.ingest.studies.values() if not study.path.is_absolute()]
+    tried = [Path.cwd()]
+    own, model = Path(os.path.normpath(saved.output)).parts, output.resolve()
+    if own == model.parts[-len(own) :]:
+        tried.append(Path(*model.parts[: -len(own)]))
+    for folder in tried:
+        if all((folder / path).exists() for path in paths):
+            return folder
+    gone = next(path for path in paths if not (tried[-1] / path).exists())
+    raise ConfigError(
+        f"the model was trained on {gone}, which is not found from {' or '.join(map(str, dict.fromkeys(tried)))}; give "
+        "the command in the folder where the model was trained"
+    )
 
 
 def _compared(first: Bundle, second: Bundle, store: CellStore, rows: NDArray[np.int64]) -> tuple[float, float]:
@@ -150,8 +184,8 @@ def _annotated(output: Path, model: Path, query: Path | None) -> Reproduced:
         name: value for name, value in cells.settings.items() if name in known and name not in {"sheet", "dask"}
     }
     seed = int(cells.made.get("run_seed", 0))
-    with tempfile.TemporaryDirectory(prefix="carvae-") as folder:
-        again = Path(folder) / output.name
+    with scratch_folder() as folder:
+        again = folder / output.name
         annotate(query or output, model, again, PredictConfig(**settings), label=True, asked=Asked(seed=seed))
         made = read_annotated(again, ClonesConfig())
     differs = _versions(str(cells.made["carvae_version"]), json.loads(cells.made.get("libraries", "{}")))

@@ -67,8 +67,11 @@ def refuse(bundle: Bundle, out: Path) -> None:
     """Raise what `run` would raise before it looks at the query."""
     if not out.name.endswith((".csv", ".csv.gz")):
         raise ConfigError(f"--out {str(out)!r} is no table; end it in .csv or .csv.gz")
-    if bundle.responder is None:
-        bundle.refuse_without_decoder("predicting outcomes")
+    if bundle.responder is None and not bundle.decodes:
+        raise BundleError(
+            "this model was given away by `carvae export --share`, which leaves out what predicts outcomes, since that "
+            "was learned of single patients; ask whoever trained it for the whole model"
+        )
     if bundle.responder is None or bundle.tree is None:
         raise BundleError(
             "this model predicts no outcomes; train one with `respond.columns: {outcome: response}` in the config of "

@@ -1,7 +1,8 @@
-"""Keep a small model of this version for ever: python scripts/keep_bundle.py writes tests/bundles/VERSION.
+"""Keep a small model of this version for ever: python scripts/keep_bundle.py writes tests/bundles/VERSION-layoutN.
 
-Run once for each released version. ``tests/test_kept_bundles.py`` opens every one of them with the carvae of its day
-and compares the answers on the query beside it with those of the version that wrote it.
+Run once for each released version, and for each new layout of bundles before it. ``tests/test_kept_bundles.py`` opens
+every one of them with the carvae of its day, whole (``model``) and as ``carvae export --share`` wrote it (``shared``),
+and compares the answers on the query beside them with those of the version that wrote it.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ from pathlib import Path
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 
 import carvae
 from carvae.config import Config, PredictConfig
 from carvae.data.simulate import STUDIES, SimulationSettings, simulate_studies, write_studies
 from carvae.demo import programmes
+from carvae.export import run as export
+from carvae.model.bundle import Bundle
+from carvae.model.bundle_files import FORMAT
 
 KEPT = Path(__file__).resolve().parents[1] / "tests" / "bundles"
 LABELLED = "sim_lymphoma"
@@ -66,9 +71,18 @@ def query_of(study: ad.AnnData, genes: frozenset[str]) -> ad.AnnData:
     return ad.AnnData(sp.csr_matrix(part.X).astype(np.int32), obs=obs, var=part.var[[]])
 
 
+def answers(query: ad.AnnData, bundle: Bundle) -> pd.DataFrame:
+    """What a model says of each cell, and the start of its embedding."""
+    result = carvae.annotate(query, bundle, PredictConfig(coverage=0.9))
+    found = result.obs[[c for c in result.obs if c.startswith("carvae_")]].copy()
+    for k in range(3):
+        found[f"X_carvae_{k + 1}"] = result.obsm["X_carvae"][:, k]
+    return found
+
+
 def main() -> None:
-    """Simulate, train, and write model, query and answers."""
-    target = KEPT / carvae.__version__
+    """Simulate, train, share, and write both models, query and answers."""
+    target = KEPT / f"{carvae.__version__}-layout{FORMAT}"
     if target.exists():
         sys.exit(f"{target} exists; what a released version wrote is never written again")
     with tempfile.TemporaryDirectory() as scratch:
@@ -80,20 +94,20 @@ def main() -> None:
         write_studies(studies, folder)
         labelled = next(study for study in studies if study.uns["title"] == LABELLED)
         held_out = sorted(labelled.obs["donor_id"].astype(str).unique())[-N_HELD_OUT:]
-        bundle = carvae.load(carvae.train(settings(folder, held_out)))
+        whole = carvae.train(settings(folder, held_out))
+        models = {"model": whole, "shared": export(whole, folder / "shared", share=True)}
         asked = labelled[labelled.obs["donor_id"].astype(str).isin(held_out)]
-        query = query_of(asked, frozenset(bundle.genes))
-        result = carvae.annotate(query, bundle, PredictConfig(coverage=0.9))
+        query = query_of(asked, frozenset(carvae.load(whole).genes))
+        said = {name: answers(query, carvae.load(path)) for name, path in models.items()}
         target.mkdir(parents=True)
-        shutil.copytree(folder / "model", target / "model")
+        for name, path in models.items():
+            shutil.copytree(path, target / name)
+            said[name].to_csv(target / f"{name}.csv", index_label="cell")
         with ad.settings.override(allow_write_nullable_strings=False):
             query.write_h5ad(target / "query.h5ad", compression="gzip")
-    answers = result.obs[[c for c in result.obs if c.startswith("carvae_")]].copy()
-    for k in range(3):
-        answers[f"X_carvae_{k + 1}"] = result.obsm["X_carvae"][:, k]
-    answers.to_csv(target / "answers.csv", index_label="cell")
-    right = (result.obs["carvae_state"].astype(str) == result.obs["true_state"]).mean()
-    print(f"{target}: {right:.0%} of {N_QUERY} cells right")
+    for name, table in said.items():
+        right = (table["carvae_state"].astype(str) == query.obs["true_state"]).mean()
+        print(f"{target / name}: {right:.0%} of {N_QUERY} cells right")
 
 
 if __name__ == "__main__":

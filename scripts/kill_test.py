@@ -40,7 +40,7 @@ from carvae.cli import main as command_line
 from carvae.data.simulate import SimulationSettings, simulate_studies, write_studies
 from carvae.demo import programmes
 
-KEPT = Path(__file__).resolve().parents[1] / "tests" / "bundles" / "0.1.0"
+KEPT = Path(__file__).resolve().parents[1] / "tests" / "bundles" / "0.1.0-layout5"
 KINDS = ("write", "fsync", "rename", "new file or folder", "length")
 """As failing_calls.c counts them."""
 KILLED = (-signal.SIGKILL, -signal.SIGPROF)
@@ -159,6 +159,8 @@ def setting(folder: Path) -> tuple[Verb, ...]:
         Verb("annotate to csv", ("annotate", *ASKED, "--out", "out/A.csv"), ("out/A.csv", "out/A.samples.csv"), read),
         Verb("map", ("map", *ASKED, "--out", "out/B"), ("out/B", "out/B.samples.csv"), read),
         Verb("embed", ("embed", *ASKED, "--out", "out/E.h5ad"), ("out/E.h5ad",), read),
+        Verb("export", ("export", "in/model", "--share", "--out", "out/S", "--quiet"), ("out/S",), read),
+        Verb("annotate and report", ("annotate", *ASKED, *PAGE), ("out/A.h5ad", "out/A.samples.csv", PAGE[-1]), read),
         Verb("report", ("report", "in/annotated.h5ad", "--out", "out/R.html", "--quiet"), ("out/R.html",), read),
     )
 
@@ -176,12 +178,14 @@ def warm(folder: Path, verbs: Sequence[Verb]) -> None:
 
 
 ASKED = ("in/query.h5ad", "--model", "in/model", "--quiet")
+PAGE = ("--out", "out/A.h5ad", "--report", "out/A.html")
 ANNOTATED = Verb("annotate", ("annotate", *ASKED, "--out", "in/annotated.h5ad"), (), ())
 """What the report is of."""
 OLDER = {
     "ingest": ("ingest.n_top_genes=200",),
     "train": ("seed=1", "train.max_epochs=1"),
     "map": ("map.held_out=0.3",),
+    "export": (),
     "report": ("report.max_cells=100",),
 }
 """Settings of an older run of the same verb, whose output is another."""
@@ -190,7 +194,8 @@ OLDER = {
 def older(folder: Path, verb: Verb) -> None:
     """Put an older output in place."""
     more = OLDER.get(verb.name, ("predict.coverage=0.5",))
-    code, said, _ = child(folder, replace(verb, arguments=(*verb.arguments, *more)), lambda: None)
+    own = [argument for argument in verb.arguments if argument != "--share"]  # the older one is the whole model
+    code, said, _ = child(folder, replace(verb, arguments=(*own, *more)), lambda: None)
     assert code == 0, said
 
 

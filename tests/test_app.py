@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import Request
 from trained import World
 
 from carvae.app import Address, run
 from carvae.config import Config
 from carvae.errors import ConfigError
-from carvae.web.guard import Site
-from carvae.web.job import Jobs, State
+from carvae.web.guard import Refusal, Site
+from carvae.web.job import Jobs, State, Upload
 from carvae.web.limits import Limits
-from carvae.web.routes import application
+from carvae.web.routes import Desk, _receive, application
 from carvae.web.server import listen, names_of, private_folder, server_of
 from carvae.web.workers import Workers
 
@@ -187,6 +190,75 @@ def test_only_what_was_built_is_given_out(page: Running, name: str) -> None:
     assert b"class Guard" not in answer
 
 
+ODD = {
+    "NUL": b"%00", "NUL twice": b"a%00b%00", "no UTF-8": b"%ff%fe%80", "half a pair": b"%ed%a0%80", "a sign": b"%",
+    "line": b"%0d%0ax-evil:%201", "overlong": b"%c0%af", "right to left": b"%e2%80%ae", "digits": b"9" * 5000,
+    "minus": b"-1", "raw": b"\xff\x00\x80", "bell": b"\x07",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD.values(), ids=ODD)
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"GET /?token=%s HTTP/1.1",
+        b"GET /?%s HTTP/1.1",
+        b"GET /api/about?%s=1 HTTP/1.1",
+        b"GET /api/jobs/%s HTTP/1.1",
+        b"GET /jobs/%s/report HTTP/1.1",
+        b"GET /assets/%s HTTP/1.1",
+        b"PUT /api/jobs/x/files/%s HTTP/1.1",
+        b"GET /api/about HTTP/1.1\r\ncookie: %s",
+    ],
+    ids=lambda line: line.decode().split()[1],
+)
+def test_odd_bytes_in_an_address_or_a_header_are_no_fault(page: Running, line: bytes, odd: bytes) -> None:
+    own = f"host: 127.0.0.1:{page.port}\r\norigin: {page.base}\r\n".encode()
+    cookie = b"" if b"cookie" in line else f"cookie: carvae_{page.port}={page.site.enter('the-token')}\r\n".encode()
+    end = b"content-length: 0\r\nconnection: close\r\n\r\n"
+    head, _, _ = page.raw(line % odd + b"\r\n" + own + cookie + end).partition(b"\r\n\r\n")
+    assert head.split()[1] in (b"200", b"400", b"403", b"404", b"409"), head
+    assert b"x-evil" not in head.lower()
+    with page.browser() as client:
+        assert client.get("/api/about").status_code == 200, "alive"
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "said"),
+    [
+        ("a\0.h5ad", 400, "NUL"),
+        ("a.h5ad\0.zip", 400, "NUL"),
+        ("\ud800.h5ad", 200, ""),
+        ("\udfff/\ud83d.h5ad", 200, ""),
+        ("\u202egnp.h5ad", 200, ""),
+        ("\r\nx-evil: 1.h5ad", 200, ""),
+        ("\x1b[2J\x7f.h5ad", 200, ""),
+        ("\ufffe\uffff.h5ad", 200, ""),
+        ("e" * 1025 + ".h5ad", 400, "more than 1,024 letters"),
+        (".h5ad", 400, "a hidden file is no query"),
+    ],
+    ids="NUL at-end half halves right-to-left line escape no-characters long hidden".split(),
+)
+def test_odd_letters_in_the_name_of_a_file_are_no_part_of_a_path(
+    page: Running, name: str, status: int, said: str
+) -> None:
+    content = json.dumps({"files": [{"name": name, "size": 4}]}).encode()
+    with page.browser() as client:
+        answer = client.post("/api/jobs", content=content, headers={"content-type": "application/json"})
+        assert answer.status_code == status, answer.text
+        assert said in answer.json().get("error", "")
+        if status == 200:
+            job = answer.json()["id"]
+            told = client.put(f"/api/jobs/{job}/files/0", content=b"HDF\n").json()
+            assert told["state"] == "waiting"
+            own = page.jobs.by_id[job]
+            (file,) = [path for path in own.folder.rglob("*") if path.is_file()]
+            assert str(file.relative_to(own.folder)).isprintable()
+            assert file.read_bytes() == b"HDF\n"
+            assert client.get("/api/jobs").status_code == 200
+            assert client.delete(f"/api/jobs/{job}").status_code == 200
+
+
 def test_two_browsers_see_each_their_own_jobs_and_the_others_only_by_the_link(page: Running) -> None:
     with page.browser() as one, page.browser() as two:
         job = page.announce(one, name="mine.h5ad")
@@ -210,6 +282,11 @@ def test_two_browsers_see_each_their_own_jobs_and_the_others_only_by_the_link(pa
         (b'{"files": [{"name": "a.h5ad", "size": -1}]}', "application/json", 400),
         (b'{"files": [{"name": "a.h5ad", "size": true}]}', "application/json", 400),
         (b'{"model": "other", "demo": true}', "application/json", 400),
+        (b'{"model": ["model"], "demo": true}', "application/json", 400),
+        (b'{"model": {}, "files": {"name": "a"}}', "application/json", 400),
+        (b'{"files": [{"name": "a.h5ad", "size": 1e999}]}', "application/json", 400),
+        (b"\xff\xfe{}", "application/json", 400),
+        (b'{"files": ' + b"9" * 1900 + b"}", "application/json", 400),
         (b'{"files": [{"name": "../../a.h5ad", "size": 5}]}', "application/json", 400),
         (b'{"files": [{"name": "a.h5ad", "size": 150000}]}', "application/json", 400),
         (b'{"demo": true}', "text/plain", 415),
@@ -315,6 +392,37 @@ def test_a_body_that_falls_silent_and_headers_that_never_end_are_hung_up_on(page
     assert page.raw(b"GET / HTTP/1.1\r\nhost: 127") == b""
     first = f"GET /assets/app.css HTTP/1.1\r\nhost: 127.0.0.1:{page.port}\r\n\r\nGET /slow".encode()
     assert page.raw(first).startswith(b"HTTP/1.1 200"), "a second request on the same connection dawdles too"
+
+
+def test_a_small_body_that_drips_is_hung_up_on(page: Running) -> None:
+    lines = [b"POST /api/jobs HTTP/1.1", f"host: 127.0.0.1:{page.port}\r\norigin: {page.base}".encode()]
+    lines += [f"cookie: carvae_{page.port}={page.site.enter('the-token')}".encode()]
+    lines += [b"content-type: application/json\r\ncontent-length: 1000\r\n\r\n"]
+    with socket.create_connection(("127.0.0.1", page.port), timeout=PATIENCE_S) as connection:
+        connection.sendall(b"\r\n".join(lines))
+        connection.settimeout(0.1)
+        answer, sent = b"", 0
+        while not answer and sent < 900:  # a hundred seconds, were nobody to end it
+            with suppress(TimeoutError):
+                answer = connection.recv(65536)
+            with suppress(OSError):
+                connection.sendall(b" ")
+                sent += 1
+    assert answer.startswith(b"HTTP/1.1 408"), (answer, sent)
+
+
+def test_an_upload_that_drips_is_hung_up_on(tmp_path: Path) -> None:
+    upload = Upload("a.h5ad", tmp_path / "a.h5ad", 10**6)
+    site = Site("t", frozenset(), replace(LIMITS, grace_s=0.0, least_rate=10**9))
+    desk = Desk(site, Jobs(tmp_path, LIMITS), Idle({}, {}, LIMITS), {})
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(0.01)
+        return {"type": "http.request", "body": b"x", "more_body": True}
+
+    with pytest.raises(Refusal, match=r"a\.h5ad came too slowly"):
+        asyncio.run(_receive(desk, Request({"type": "http", "method": "PUT", "headers": []}, receive), upload))
+    assert upload.received < 10
 
 
 def test_uploads_wait_for_their_turn_and_are_told_where_it_does_not_come(page: Running) -> None:

@@ -299,8 +299,9 @@ def test_a_folder_that_is_no_bundle_is_refused_and_untouched(tmp_path: Path) -> 
     (results / "thesis.docx").write_text("years of work")
     (results / "model.json").write_text("somebody else's")
     (tmp_path / "file").write_text("a file")
-    for place in (results, tmp_path / "file"):
-        with pytest.raises(BundleError, match="which is no part of a bundle; choose another output"):
+    said = {results: "'thesis.docx', which is no part of a bundle; choose", tmp_path / "file": "is a file, and a model"}
+    for place, words in said.items():
+        with pytest.raises(BundleError, match=words):
             tiny_bundle(None).save(place)
     assert (results / "thesis.docx").read_text() == "years of work"
     assert (tmp_path / "file").read_text() == "a file"

@@ -70,7 +70,7 @@ def test_what_is_no_whole_model_is_refused(tmp_path: Path) -> None:
         from_folder(repo, tmp_path / "back")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("mine")
-    with pytest.raises(BundleError, match="no part of such a folder"):
+    with pytest.raises(BundleError, match="no part of a bundle"):
         to_folder(model, tmp_path / "full", "mit", "m")
     with pytest.raises(BundleError):
         from_folder(model, tmp_path / "full")

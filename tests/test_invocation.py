@@ -50,13 +50,18 @@ def test_a_labelled_map_takes_one_command(world: World, tmp_path: Path) -> None:
     for wrong, words in (
         (("--out", tmp_path / "A.csv"), "is a table of cells without counts"),
         (("--out", out, "--report", tmp_path / "A.pdf"), "is no page; end it in .html"),
-        (("--out", out, "--report", world.bundle / "A.html"), "lies in the model"),
+        (("--out", out, "--report", world.bundle / "A.html"), "is the model itself or lies in it"),
+        (("--out", "-"), "--out - prints a table; give --out A.h5ad"),
     ):
         for more in ((), ("--dry-run",)):
             answer = carvae(*ask, *wrong, *more)
             assert answer.code == 1
             assert words in answer.err
             assert not list(tmp_path.iterdir()), "refused before any cell is labelled"
+    answer = carvae("annotate", world.query_path, "--model", world.bundle, "--out", out, "report.names=false")
+    assert answer.code == 1
+    assert "report.* is about the page, and none is asked for; give --report" in answer.err
+    assert not list(tmp_path.iterdir())
     answer = carvae(*ask, "--out", out, "report.genes=[NOSUCH]")
     assert answer.code == 1
     assert f"the labels are in {out}, and `carvae report` makes the page" in answer.err
@@ -102,7 +107,7 @@ def test_a_dry_run_says_what_check_says_and_writes_nothing(world: World, tmp_pat
         ("plan", "file", "is a file; plan writes"),
         ("explain", "file", "is a file; explain writes"),
         ("perturb", "file", "is a file; perturb writes"),
-        ("map", "file", "is no part of a bundle"),
+        ("map", "file", "is a file, and a model is a folder"),
     ],
 )
 def test_a_dry_run_refuses_what_the_run_would(world: World, tmp_path: Path, verb: str, out: str, words: str) -> None:

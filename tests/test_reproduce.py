@@ -12,9 +12,10 @@ import pandas as pd
 import pytest
 from trained import World, carvae, sha256
 
+from carvae.config import Config
 from carvae.errors import ConfigError
 from carvae.ingest import work_folder
-from carvae.reproduce import run
+from carvae.reproduce import _place, run
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +33,17 @@ def test_a_model_is_made_again_to_the_bit_and_nothing_is_touched(world: World) -
     assert sha256(world.folder) == before
 
 
-def test_an_annotated_file_is_made_again_from_itself_and_from_its_query(world: World, annotated: Path) -> None:
+def test_an_annotated_file_is_made_again_from_itself_and_from_its_query(
+    world: World, annotated: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="carvae")
     before = sha256(annotated)
     for query in ((), ("--query", world.query_path)):
         answer = carvae("reproduce", annotated, "--model", world.bundle, *query)
         assert (answer.code, answer.out) == (0, f"{annotated} was made again, identical to the last bit\n"), answer.err
     assert sha256(annotated) == before
+    assert "genes found" in caplog.text
+    assert "/carvae-" not in caplog.text, "a place that is gone by now"
 
 
 def changed(annotated: Path, folder: Path, change: Callable[[ad.AnnData], None]) -> Path:
@@ -89,6 +95,10 @@ def test_what_differs_is_named(
 
 
 def test_what_cannot_be_made_again_is_refused(world: World, annotated: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nothere does not exist; give a model"):
+        run(tmp_path / "nothere")
+    with pytest.raises(ConfigError, match=r"is a folder, and no model \(no model.json in it\)"):
+        run(tmp_path)
     with pytest.raises(ConfigError, match="give --model"):
         run(annotated)
     with pytest.raises(ConfigError, match="for an annotated file"):
@@ -105,6 +115,25 @@ def test_what_cannot_be_made_again_is_refused(world: World, annotated: Path, tmp
     answer = carvae("reproduce", world.query_path, "--model", world.bundle)
     assert answer.code == 1
     assert "holds no labels of carvae" in answer.err
+
+
+def test_studies_at_relative_places_are_found_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = {"path": "in/a.h5ad", "obs": {"patient": "donor_id", "sample": "sample_id"}}
+    saved = Config.parse({"output": "out/../out/model", "ingest": {"studies": {"a": study}}})
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    for folder in (home / "in", home / "out" / "model", elsewhere / "in"):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(elsewhere)
+    with pytest.raises(ConfigError, match=r"trained on in/a\.h5ad, which is not found from .*elsewhere or .*home; "):
+        _place(saved, home / "out" / "model")
+    (home / "in" / "a.h5ad").touch()
+    assert _place(saved, Path("../home/out/model")) == home
+    with pytest.raises(ConfigError, match=r"not found from \S*elsewhere; give the command in the folder"):
+        _place(saved, home / "model")  # moved: where it was trained is not known any more
+    (elsewhere / "in" / "a.h5ad").touch()
+    assert _place(saved, home / "model") == elsewhere
+    placed = Config.parse({"ingest": {"studies": {"a": study | {"path": str(home / "in" / "a.h5ad")}}}})
+    assert _place(placed, home / "model") == elsewhere
 
 
 def test_what_was_annotated_is_known_again_whatever_the_chunks(world: World, annotated: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from carvae.data.schema import REQUIRED, Harmonised, check_studies, harmonise, inspect_obs
+from carvae.data.schema import REQUIRED, Harmonised, check_studies, harmonise, inspect_obs, query_samples
 from carvae.errors import SchemaError
 
 
@@ -52,6 +52,18 @@ def test_two_customary_names_are_never_guessed_between() -> None:
     assert not query.problems
     assert set(query.obs["sample"]) == {"file"}
     assert "could be any of" in query.notes[0]
+
+
+def test_na_is_the_name_of_a_sample_and_no_name_of_a_patient() -> None:
+    obs = table(sample=["NA", "none", None], patient=["p", "NA", "p"])
+    found = inspect_obs(obs, "A", {}, {}, require=())
+    assert list(found.obs["sample"].astype(object).fillna("missing")) == ["NA", "none", "missing"]
+    assert list(found.obs["patient"].astype(object).fillna("missing")) == ["p", "missing", "p"]
+    assert [note for note in found.notes if "holds 'NA', 'none' (2), taken as a name of a sample" in note]
+    samples, _ = query_samples(obs, "A")
+    assert list(samples) == ["NA", "none", "unknown sample"]
+    with pytest.raises(SchemaError, match="column 'sample': has missing values"):
+        harmonise(obs, "A", {}, {})
 
 
 def test_all_problems_come_at_once_with_study_column_count_and_remedy() -> None:

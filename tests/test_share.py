@@ -18,7 +18,7 @@ from carvae.model.share import shareable
 from carvae.predict import annotate
 from carvae.web.sample import write_sample
 
-KEPT = Path(__file__).resolve().parent / "bundles" / "0.1.0" / "model"
+KEPT = Path(__file__).resolve().parent / "bundles" / "0.1.0-layout4" / "model"
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +80,13 @@ def test_what_needs_the_decoder_refuses_in_one_sentence(world: World, shared: Bu
         with pytest.raises(BundleError, match=r"without its decoder, which .* needs|no decoder any more"):
             verb()
     folder = shared.save(tmp_path / "shared")
-    for verb, out in (("map", "mapped"), ("respond", "outcomes.csv")):
+    for verb, out, words in (
+        ("map", "mapped", "shared without its decoder, which mapping needs"),
+        ("respond", "outcomes.csv", "`carvae export --share`, which leaves out what predicts outcomes"),
+    ):
         answer = carvae(verb, world.query_path, "--model", folder, "--out", tmp_path / out)
         assert answer.code == 1
-        assert "shared without its decoder" in answer.err.splitlines()[-1]
+        assert words in answer.err.splitlines()[-1]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["shared"]
 
 
@@ -109,10 +112,17 @@ def test_what_cannot_be_shared_is_refused_and_nothing_is_left(world: World, tmp_
     assert len(answer.err.splitlines()) == 1
     assert carvae("export", KEPT, "--out", tmp_path / "copy").code == 0
     assert sha256(tmp_path / "copy") == before, "an old model is still copied, as it is"
-    for out in (world.bundle, world.bundle / "inside"):
-        assert carvae("export", world.bundle, "--share", "--out", out).code == 1
+    (tmp_path / "file").write_text("mine")
+    for out, words in (
+        (world.bundle, "is the model itself or lies in it"),
+        (world.bundle / "inside", "is the model itself or lies in it"),
+        (tmp_path / "file", "is a file, and a model is a folder; choose another output"),
+    ):
+        answer = carvae("export", world.bundle, "--share", "--out", out)
+        assert answer.code == 1
+        assert words in answer.err
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("mine")
     assert carvae("export", world.bundle, "--share", "--out", tmp_path / "full").code == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["copy", "full"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["copy", "file", "full"]
     assert sha256(KEPT) == before

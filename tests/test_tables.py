@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import gzip
+import json
 import resource
 from pathlib import Path
 
+import anndata as ad
 import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trained import carvae
 
+from carvae.data.results import samples_path
+from carvae.data.sides import read_side
 from carvae.data.tables import read_table
 from carvae.errors import ReadError
+from carvae.page.annotated import read_annotated
+from carvae.section_patient import ClonesConfig
+
+KEPT = Path(__file__).resolve().parent / "bundles" / "0.1.0-layout5"
 
 FRAME = pd.DataFrame({"sample": ["007", "12"], "note": ["a, b; c", "d"], "share": [0.5, 1e-3], "n": [1, 2]})
 
@@ -69,6 +78,38 @@ def test_names_are_as_written_but_for_a_point_that_a_table_added(tmp_path: Path)
 def test_rows_that_hold_nothing_are_none(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("sample;n\na;1,5\n;\nb;2\n;\n;\n")
     assert read_table(tmp_path / "t.csv").to_numpy().tolist() == [["a", 1.5], ["b", 2.0]]
+
+
+def test_a_sample_may_be_called_na_and_is_missing_where_its_cell_is_empty(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("Sample,lot,note\nNA,NA,NA\nnan,nan,x\nNone,007,y\n,,z\n ,,z\n007,1,z\n")
+    found = read_table(tmp_path / "t.csv", samples=["lot"])
+    assert found["Sample"].fillna("missing").tolist() == ["NA", "nan", "None", "missing", "missing", "007"]
+    assert found["lot"].fillna("missing").tolist() == ["NA", "nan", "007", "missing", "missing", "1"]
+    assert found["note"].isna().tolist() == [True, False, False, False, False, False]
+
+
+def test_all_readers_take_na_for_the_name_of_a_sample(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    query = ad.read_h5ad(KEPT / "query.h5ad")
+    query.obs["sample_id"] = pd.Series(["NA", "nan", None] * (query.n_obs // 3), query.obs_names, dtype=object)
+    with ad.settings.override(allow_write_nullable_strings=False):
+        query.write_h5ad(tmp_path / "q.h5ad")
+    (tmp_path / "sheet.csv").write_text("sample,tissue\nNA,blood\nnan,marrow\nunknown sample,NA\n")
+    out = tmp_path / "A.h5ad"
+    said = carvae(
+        "annotate", tmp_path / "q.h5ad", "--model", KEPT / "model", "--out", out, "--json",
+        "--report", tmp_path / "A.html", f"predict.sheet={tmp_path / 'sheet.csv'}", "report.max_cells=100",
+    )  # fmt: skip
+    assert said.code == 0, said.err
+    assert "holds 'NA', 'nan' (40), taken as a name of a sample" in caplog.text
+    names = ["NA", "nan", "unknown sample"]
+    rows = {row["sample"]: row for row in json.loads(said.out)["rows"]}
+    assert sorted(rows) == names
+    assert {rows[name]["n_cells"] for name in names} == {query.n_obs // 3}
+    assert [rows[name]["tissue"] for name in names] == ["blood", "marrow", None]
+    assert list(read_annotated(out, ClonesConfig()).sample_names) == names
+    assert read_table(samples_path(out))["sample"].tolist() == names
+    assert sorted(read_side(out, {}, "compare.a", "sample").units) == names
+    assert list(read_side(out, {"sample": "NA"}, "compare.a", "sample").units) == ["NA"]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import zarr
 from anndata import AnnData, OldFormatWarning
 from anndata.io import read_elem
 
+from carvae.data.broken import reading
 from carvae.data.cells import ALL, Cells, HeldCells
 from carvae.data.counts import Candidate, Opened
 from carvae.data.matrices import (
@@ -27,7 +28,6 @@ from carvae.data.matrices import (
     check_values,
     member,
     memory_matrix,
-    reading,
     stored_by_gene,
     stored_matrix,
 )

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import logging
 import os
 import re
 import secrets
 import shutil
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -57,6 +59,24 @@ def replacing_folder(target: Path) -> Iterator[Path]:
             os.rename(scratch, target)
     finally:
         _remove(scratch)
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A temporary folder that is gone at the end; messages that name it go to nobody."""
+    with tempfile.TemporaryDirectory(prefix="carvae-") as folder:
+
+        def concerns_others(record: logging.LogRecord) -> bool:
+            return folder not in record.getMessage()
+
+        handlers = [*logging.getLogger().handlers, *logging.getLogger("carvae").handlers]
+        for handler in handlers:
+            handler.addFilter(concerns_others)
+        try:
+            yield Path(folder)
+        finally:
+            for handler in handlers:
+                handler.removeFilter(concerns_others)
 
 
 _held: set[Path] = set()

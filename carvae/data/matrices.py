@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import zlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,7 +20,7 @@ import numpy.typing as npt
 import scipy.sparse as sp
 import zarr
 
-from carvae.errors import CarvaeError, ReadError
+from carvae.errors import ReadError
 
 Node = Any  # a group or array of h5py or zarr; the two share the parts used here
 Ints = npt.NDArray[np.int64]
@@ -33,11 +32,6 @@ MAX_CHUNK_BYTES = 1 << 31
 DENSE_READ_BYTES = 1 << 26
 SCRATCH_VALUES = 1 << 23
 MAX_DEPTH = 8
-
-WHAT_BREAKS = (
-    OSError, EOFError, KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError, MemoryError,
-    OverflowError, zlib.error,
-)  # fmt: skip
 
 
 class Matrix(Protocol):
@@ -268,20 +262,6 @@ def memory_matrix(values: Any, where: str) -> Matrix:
     if isinstance(values, np.ndarray) and values.ndim == 2:  # noqa: PLR2004
         return DenseMatrix(np.asarray(values), where)
     raise ReadError(f"{where} is a {type(values).__name__}; make it a numpy array or a scipy sparse matrix first")
-
-
-@contextmanager
-def reading(what: str) -> Iterator[None]:
-    """Turn whatever a library raises on a broken file into one sentence."""
-    try:
-        yield
-    except CarvaeError:
-        raise
-    except WHAT_BREAKS as error:
-        seen = " ".join(str(error).split()) or type(error).__name__
-        if "truncated file" in seen or isinstance(error, EOFError):
-            raise ReadError(f"{what} is cut short; download or copy it again") from error
-        raise ReadError(f"{what} cannot be read ({seen[:200]}); download or write it again") from error
 
 
 def check_group(group: Node, where: str, depth: int = 0) -> None:

@@ -142,13 +142,13 @@ def read_patients(config: RespondConfig) -> Patients:
     """
     if config.table is None:
         raise SchemaError("respond.table names no file; give a CSV with one row per sample or patient")
-    return patients_of(read_table(config.table, "respond.table", _names(config)), config)
+    return patients_of(read_table(config.table, "respond.table", **_names(config)), config)
 
 
 def patients_of(frame: pd.DataFrame, config: RespondConfig) -> Patients:
     """Patients from a table of samples in memory, as `read_patients`; the clinical table is read where one is named."""
     if config.clinical is not None:
-        frame = _joined(frame, read_table(config.clinical, "respond.clinical", _names(config)), config)
+        frame = _joined(frame, read_table(config.clinical, "respond.clinical", **_names(config)), config)
     for column, wanted in config.where.items():
         frame = frame[_text(_column(frame, column, "respond.where")).isin([wanted])]
     if frame.empty:
@@ -189,9 +189,10 @@ def patients_of(frame: pd.DataFrame, config: RespondConfig) -> Patients:
     return found
 
 
-def _names(config: RespondConfig) -> set[str]:
-    """Columns with names of samples and patients."""
-    return {config.columns[name] for name in ("sample", "patient") if name in config.columns}
+def _names(config: RespondConfig) -> dict[str, list[str]]:
+    """Columns with names of samples and patients, as `read_table` takes them."""
+    kinds = {"samples": "sample", "text": "patient"}
+    return {kind: [config.columns[name]] for kind, name in kinds.items() if name in config.columns}
 
 
 def outcomes_of(

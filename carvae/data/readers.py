@@ -18,6 +18,7 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from carvae.data.adata import open_anndata, open_memory
+from carvae.data.broken import reading
 from carvae.data.cells import Cells, HeldCells, each_has_its_own, hash_names
 from carvae.data.counts import (
     Candidate,
@@ -30,7 +31,7 @@ from carvae.data.counts import (
     promising,
     refuse_totals,
 )
-from carvae.data.matrices import ALL, Ints, reading
+from carvae.data.matrices import ALL, Ints
 from carvae.data.schema import named_column
 from carvae.data.tenx import mtx_parts, open_10x, open_mtx
 from carvae.errors import CarvaeError, CountsError, ReadError, join_problems

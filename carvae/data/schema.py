@@ -18,6 +18,8 @@ from carvae.errors import SchemaError, join_problems
 
 MISSING_WORDS = frozenset({"", "na", "n/a", "nan", "none", "null", "<na>", "nat"})
 UNKNOWN_WORDS = MISSING_WORDS | {"unknown"}
+NO_SAMPLE = frozenset({"", "unknown"})
+"""A text in the column of samples is a name, ``NA`` as well (which is told): missing is what is really empty."""
 REQUIRED = ("study", "sample", "patient")
 MANY_CELLS = 50
 SHOWN = 5
@@ -299,7 +301,9 @@ class _Harmoniser:
 
     def _typed(self, column: Column, values: pd.Series[Any], source: str) -> pd.Series[Any] | None:
         missing_words = UNKNOWN_WORDS if column.name in REQUIRED else MISSING_WORDS
-        codes, labels = _text(values, missing_words)
+        codes, labels = _text(values, NO_SAMPLE if column.name == "sample" else missing_words)
+        if column.name == "sample":
+            self._note_odd_names(codes, labels, source)
         needed = column.name in self.require
         if needed and (codes < 0).any():
             from_ = "" if source == column.name else f" in obs[{source!r}]"
@@ -319,6 +323,14 @@ class _Harmoniser:
             self._add(column.name, cells, f"is not {kind}: {shown}", "map a column of numbers, or leave it out")
             return None
         return pd.Series(np.append(numbers, np.nan)[codes], index=self.obs.index)
+
+    def _note_odd_names(self, codes: np.ndarray[Any, np.dtype[np.intp]], labels: list[str], source: str) -> None:
+        odd = [code for code, label in enumerate(labels) if label.casefold() in MISSING_WORDS]
+        if odd:
+            words = ", ".join(repr(labels[code]) for code in odd)
+            n_odd = f"{int(np.isin(codes, odd).sum()):,}"
+            what = f"study {self.study!r}: obs[{source!r}] holds {words} ({n_odd}), taken as a name of a sample"
+            self.notes.append(f"{what}; where it means none, leave these cells of the table empty")
 
     def _check_levels(self, out: pd.DataFrame) -> None:
         """A sample has one patient and one study; what belongs to a patient is the same in all its cells."""

@@ -136,13 +136,13 @@ def _tables(path: Path) -> list[Path]:
 
 
 def _read(path: Path) -> pd.DataFrame:
-    table = read_table(path, verbatim=["sample"])  # a sample may be named NA
+    table = read_table(path)
     if absent := [name for name in NEEDED if name not in table]:
         raise SchemaError(
             f"{path} is no table of samples as `carvae annotate` writes it beside its results: it has no column "
             f"{absent[0]!r}"
         )
-    if not table["sample"].map(str.strip).all():
+    if table["sample"].isna().any():
         raise SchemaError(f"{path} has rows without a sample; name each, or annotate again")
     for name in [name for name in map(str, table) if name in NEEDED[1:] or kind_of(name, table)]:
         if not pd.api.types.is_numeric_dtype(table[name]):

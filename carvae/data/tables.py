@@ -1,7 +1,8 @@
 """Tables that users give: one reader for all of them, so that a file that is none is refused in the same words.
 
 Columns are parted by what parts the names in the first line: commas, tabs, or the semicolons that a spreadsheet writes
-where a comma is the decimal point. Names of samples and patients stay as they are written: ``007`` is no number.
+where a comma is the decimal point. Names of samples and patients stay as they are written: ``007`` is no number, and a
+sample may be called ``NA``: it is missing only where its cell is empty.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ from carvae.errors import ReadError
 
 SEPARATORS = (",", "\t", ";")
 """The first of those that are as frequent wins."""
-NAMED = {name for column in CONTRACT if column.name in {"sample", "patient"} for name in (column.name, *column.aliases)}
-"""Columns that are read as text, in any case."""
+SAMPLE, PATIENT = (
+    {name.casefold() for column in CONTRACT if column.name == kind for name in (column.name, *column.aliases)}
+    for kind in ("sample", "patient")
+)
+"""Columns that are read as text, whatever their case."""
 QUOTED = re.compile(r'"[^"]*"')
 WHOLE = re.compile(r"\d+\.0")
 """A number that a table wrote with a point since others were missing."""
@@ -31,7 +35,7 @@ PACKED = b"\x1f\x8b"
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 
 
-def read_table(path: Path, setting: str = "", text: Iterable[str] = (), verbatim: Iterable[str] = ()) -> pd.DataFrame:
+def read_table(path: Path, setting: str = "", text: Iterable[str] = (), samples: Iterable[str] = ()) -> pd.DataFrame:
     """A table in CSV, with commas, semicolons or tabs, packed with gzip or not.
 
     Parameters
@@ -40,8 +44,8 @@ def read_table(path: Path, setting: str = "", text: Iterable[str] = (), verbatim
         What named the file, such as ``predict.sheet``, for messages.
     text
         Further columns that are read as text.
-    verbatim
-        Columns of which ``NA`` is a name, and not one that is missing.
+    samples
+        Further columns that name samples.
 
     Raises
     ------
@@ -55,14 +59,15 @@ def read_table(path: Path, setting: str = "", text: Iterable[str] = (), verbatim
         line = QUOTED.sub("", first.splitlines()[0]) if first.strip() else ""
         sep = max(SEPARATORS, key=line.count)
         with _opened(path, packed=head.startswith(PACKED)) as lines:
-            header = pd.read_csv(lines, sep=sep, nrows=0).columns
-        names = {*text, *(name for name in map(str, header) if name.casefold() in NAMED)}
+            columns = [*map(str, pd.read_csv(lines, sep=sep, nrows=0).columns)]
+        of_samples = {c for c in columns if c.casefold() in SAMPLE} | set(samples)
+        names = {c for c in columns if c.casefold() in PATIENT} | set(text) | of_samples
         with _opened(path, packed=head.startswith(PACKED)) as lines:
             table = pd.read_csv(
                 lines,
                 sep=sep,
-                dtype=dict.fromkeys(names.difference(verbatim), str),
-                converters=dict.fromkeys(verbatim, str),
+                dtype=dict.fromkeys(names - of_samples, str),
+                converters=dict.fromkeys(of_samples, str),
                 low_memory=False,
             )
     except FileNotFoundError:
@@ -71,13 +76,15 @@ def read_table(path: Path, setting: str = "", text: Iterable[str] = (), verbatim
         raise ReadError(f"{path} cannot be read as a table: it is no text in UTF-8; save it as CSV (UTF-8)") from None
     except (OSError, EOFError, ValueError) as error:
         raise ReadError(f"{path} cannot be read as a table: {' '.join(str(error).split())}") from None
+    for sample in of_samples.intersection(table):
+        table[sample] = table[sample].astype("str").where(table[sample].map(str.strip) != "")
     table = table.dropna(how="all").reset_index(drop=True)  # a spreadsheet writes separators for rows that were cleared
-    table.columns = [CONTROL.sub(" ", str(name)) for name in table]  # such as the line break of a wide header
     for name in table:
         if name in names:
             table[name] = _as_written(table[name])
         elif sep == ";" and not pd.api.types.is_numeric_dtype(table[name]):
             table[name] = _with_points(table[name])
+    table.columns = [CONTROL.sub(" ", str(name)) for name in table]  # such as the line break of a wide header
     return table
 
 

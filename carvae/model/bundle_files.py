@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from carvae.errors import BundleError
+from carvae.errors import BundleError, ConfigError
 
 FORMAT = 6
 """Version of the bundle's layout. Older layouts stay loadable; a newer one is refused by name."""
@@ -22,19 +23,31 @@ MAX_TEXT = 16 * 1024**2
 """Bytes of model.json, card.md and metrics.json beyond which they are not read."""
 
 
-def check_place(path: Path) -> None:
-    """Raise BundleError where saving a bundle to ``path`` would take away anything but an older bundle."""
+def check_place(path: Path, beside: Iterable[str] = ()) -> None:
+    """Raise BundleError where saving a bundle to ``path`` would take away anything but an older bundle.
+
+    Parameters
+    ----------
+    beside
+        Names of files that may be in the folder besides those of a bundle.
+    """
     if not path.exists():
         return
-    foreign = (
-        sorted({entry.name for entry in path.iterdir()} - {"model.json", *FILES}) if path.is_dir() else [path.name]
-    )
+    if not path.is_dir():
+        raise BundleError(f"{path} is a file, and a model is a folder; choose another output, nothing was touched")
+    foreign = sorted({entry.name for entry in path.iterdir()} - {"model.json", *FILES, *beside})
     if foreign:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise BundleError(
             f"{path} holds {foreign[0]!r}{more}, which is no part of a bundle; choose another output, or move "
             "that away; nothing there was touched"
         )
+
+
+def check_outside(out: Path, model: Path | None) -> None:
+    """Raise ConfigError where ``out`` is the model that a verb reads, or lies in it: a model stays as it is."""
+    if model is not None and model.resolve() in (out.resolve(), *out.resolve().parents):
+        raise ConfigError(f"--out {str(out)!r} is the model itself or lies in it; choose another place")
 
 
 def check_files(path: Path, hashes: dict[str, str]) -> None:

@@ -15,7 +15,7 @@ import yaml
 from carvae.data.atomic import replacing_folder
 from carvae.errors import BundleError, ConfigError, nearest
 from carvae.model.bundle import Bundle, load
-from carvae.model.bundle_files import FILES, check_place
+from carvae.model.bundle_files import FILES, check_outside, check_place
 
 README = "README.md"
 ATTRIBUTES = ".gitattributes"
@@ -59,9 +59,8 @@ def to_folder(model: Path, out: Path, licence: str, name: str) -> Path:
             f"in https://huggingface.co/docs/hub/repositories-licenses say {OTHER!r}"
         )
     bundle = load(model, "cpu")
-    check_folder(out)
-    if out.resolve() == model.resolve():
-        raise ConfigError(f"--out {str(out)!r} is the model itself; choose another folder")
+    check_place(out, (README, ATTRIBUTES))
+    check_outside(out, model)
     with replacing_folder(out) as scratch:
         for file in ("model.json", *FILES):
             shutil.copyfile(model / file, scratch / file)
@@ -89,19 +88,6 @@ def from_folder(folder: Path, out: Path) -> Path:
         for file in ("model.json", *FILES):
             shutil.copyfile(folder / file, scratch / file)
     return out
-
-
-def check_folder(out: Path) -> None:
-    """Raise BundleError where the folder would take the place of anything but an older one."""
-    if not out.exists():
-        return
-    own = {"model.json", *FILES, README, ATTRIBUTES}
-    foreign = sorted({entry.name for entry in out.iterdir()} - own) if out.is_dir() else [out.name]
-    if foreign:
-        raise BundleError(
-            f"{out} holds {foreign[0]!r}, which is no part of such a folder; choose another one, nothing there was "
-            "touched"
-        )
 
 
 def readme(bundle: Bundle, licence: str, name: str) -> str:

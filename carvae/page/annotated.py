@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from carvae.data.results import LATENT, samples_path
 from carvae.data.schema import query_obs
 from carvae.data.spreadsheet import neutral_text
+from carvae.data.tables import read_table
 from carvae.errors import ConfigError, ReadError
 from carvae.labels.axis import RESERVED, main_first
 from carvae.model.bundle_files import hash_of
@@ -210,10 +211,10 @@ def _samples(path: Path, names: set[str]) -> tuple[pd.DataFrame | None, str]:
     table = samples_path(path)
     if not table.is_file():
         return None, ""
-    try:
-        frame = pd.read_csv(table, dtype={"sample": str}).set_index("sample")
-    except (ValueError, KeyError) as error:
-        raise ReadError(f"{table} is no table of samples: {' '.join(str(error).split())}") from None
+    frame = read_table(table)
+    if "sample" not in frame:
+        raise ReadError(f"{table} is no table of samples: it has no column 'sample'; annotate the query again")
+    frame = frame.set_index("sample")
     own = {str(neutral_text(name)): name for name in names}  # as the table has them, for spreadsheets
     return frame.rename(index=lambda name: own.get(str(name), str(name))), table.read_text(encoding="utf-8")
 

@@ -135,17 +135,19 @@ class Guard:
         scope["state"] = {**scope.get("state", {}), "session": session, "new_session": new}
 
     def _bounded(self, scope: Scope, receive: Receive) -> Receive:
-        """The body, which may neither fall silent nor, but for uploads, be large."""
-        limits, most = self.site.limits, self.site.limits.max_body
-        upload, received = scope["method"] == "PUT", 0
+        """The body, which may neither fall silent nor, but for uploads, be large or dawdle."""
+        limits, most, begun = self.site.limits, self.site.limits.max_body, time.monotonic()
+        upload, received, whole = scope["method"] == "PUT", 0, False
 
         async def bounded() -> Message:
-            nonlocal received
+            nonlocal received, whole
+            passed = 0.0 if upload or whole else time.monotonic() - begun
             try:
-                message = await asyncio.wait_for(receive(), limits.silence_s)
+                message = await asyncio.wait_for(receive(), max(limits.silence_s - passed, 0.001))
             except TimeoutError:
-                raise Refusal(408, f"Nothing came for {limits.silence_s:.0f} seconds; try again.") from None
+                raise Refusal(408, f"Not all came within {limits.silence_s:.0f} seconds; try again.") from None
             received += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
             if not upload and received > most:
                 raise Refusal(413, "This request is larger than any of this page's.")
             return message

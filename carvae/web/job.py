@@ -151,6 +151,8 @@ class Jobs:
         CarvaeError
             A file is of a kind or size that is not taken, or there is no room.
         """
+        if files and all(is_litter(name) for name, _ in files):
+            raise ReadError(f"a hidden file is no query; rename it, or give {TAKEN}")
         files = [(name, size) for name, size in files if not is_litter(name)]
         self._check(files)
         job_id = secrets.token_urlsafe(24)

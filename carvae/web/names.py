@@ -41,7 +41,9 @@ def safe_path(given: str) -> PurePosixPath:
     if not given or len(given) > MAX_GIVEN:
         raise ReadError(f"a file has {'no name' if not given else 'a name of more than 1,024 letters'}; rename it")
     parts = given.replace("\\", "/").split("/")
-    if given.startswith(("/", "\\")) or ".." in parts or re.match(r"[A-Za-z]:", given) or "\0" in given:
+    if "\0" in given:
+        raise ReadError(f"the name {shown.replace(chr(0), '?')!r} holds a NUL byte, as no file's does; rename it")
+    if given.startswith(("/", "\\")) or ".." in parts or re.match(r"[A-Za-z]:", given):
         raise ReadError(f"the name {shown!r} points out of its folder, so nothing of it was used; pack the files again")
     if len(parts) > MAX_DEPTH:
         raise ReadError(f"{shown!r} lies more than {MAX_DEPTH} folders deep; pack the matrix folders alone")

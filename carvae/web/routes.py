@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -86,7 +87,7 @@ def application(site: Site, jobs: Jobs, workers: Workers, about: dict[str, Any])
         route("/api/jobs", "POST", add_job),
         route("/api/jobs/{job}", "GET", tell_job),
         route("/api/jobs/{job}", "DELETE", remove_job),
-        route("/api/jobs/{job}/files/{number:int}", "PUT", receive_file),
+        route("/api/jobs/{job}/files/{number}", "PUT", receive_file),
         route("/api/jobs/{job}/start", "POST", start_job),
         route("/api/jobs/{job}/cancel", "POST", cancel_job),
         route("/jobs/{job}/report", "GET", show_report),
@@ -130,7 +131,7 @@ async def add_job(desk: Desk, request: Request) -> Response:
     """Announce files, or ask for the demo."""
     wanted = await _json(request)
     model = wanted.get("model") or next(iter(desk.workers.models))
-    if model not in desk.workers.models:
+    if not isinstance(model, str) or model not in desk.workers.models:
         raise Refusal(400, "There is no such model here; choose one of the list.")
     files = [] if wanted.get("demo") is True else _files(wanted.get("files"))
     job = desk.jobs.add(request.state.session, model, files)
@@ -172,7 +173,8 @@ async def cancel_job(desk: Desk, request: Request) -> Response:
 
 async def receive_file(desk: Desk, request: Request) -> Response:
     """Take in the bytes of one announced file."""
-    job, number = desk.job(request), int(request.path_params["number"])
+    job, given = desk.job(request), str(request.path_params["number"])
+    number = int(given) if re.fullmatch("[0-9]{1,6}", given) else len(job.uploads)
     if job.state is not State.UPLOADING or number >= len(job.uploads) or job.uploads[number].received:
         raise Refusal(409, "This file is not awaited here.")
     upload, limits = job.uploads[number], desk.site.limits
@@ -256,7 +258,8 @@ def _files(given: object) -> list[tuple[str, int]]:
     named = [(f.get("name"), f.get("size")) for f in files]
     if not all(isinstance(name, str) and type(size) is int and size >= 0 for name, size in named):
         raise Refusal(400, "A file was announced without its name or size.")
-    return [(str(name), int(size)) for name, size in named]
+    # half of a surrogate pair, as a name on Windows may hold, can be told to nobody
+    return [(str(name).encode("utf-8", "replace").decode(), int(size)) for name, size in named]
 
 
 async def _json(request: Request) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from anndata import AnnData
 from trained import Answer, carvae, sha256
 
-KEPT = Path(__file__).resolve().parents[1] / "bundles" / "0.1.0"
+KEPT = Path(__file__).resolve().parents[1] / "bundles" / "0.1.0-layout4"
 Says = Callable[[object], None]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -10,9 +11,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from small import Says, Small
+from small import KEPT, Says, Small
 from trained import World, carvae, settings, sha256, write_config
 
+from carvae.data import atomic
 from carvae.model.bundle import load
 
 RUN = """
@@ -82,6 +84,68 @@ def test_a_full_disk_leaves_the_older_model_and_store(studies: World, tmp_path: 
     assert not (tmp_path / "m").exists()
     assert not [p for p in tmp_path.rglob("*") if ".tmp" in p.name]
     says(done.stderr.splitlines()[-1])
+
+
+LATEST = KEPT.parent / "0.1.0-layout5" / "model"
+"""A model that can be shared."""
+
+
+@pytest.mark.case("D02")
+def test_a_full_disk_leaves_the_older_model_where_one_is_shared(tmp_path: Path, says: Says) -> None:
+    out = tmp_path / "S"
+    assert carvae("export", LATEST, "--out", out).code == 0
+    before = sha256(tmp_path)
+    done = limited("disk", 6_000, "export", LATEST, "--share", "--out", out)
+    assert (done.returncode, done.stderr.count("carvae: ")) == (1, 1), done.stderr
+    assert "Traceback" not in done.stderr
+    assert sha256(tmp_path) == before
+    assert names(tmp_path) == ["S"]
+    assert carvae("export", LATEST, "--share", "--out", out).code == 0
+    assert sha256(tmp_path) != before
+    says(done.stderr.splitlines()[-1])
+
+
+@pytest.mark.case("D02")
+def test_a_disk_that_is_full_when_the_page_is_written_leaves_the_labels_and_the_older_page(
+    tmp_path: Path, says: Says
+) -> None:
+    out, page = tmp_path / "A.h5ad", tmp_path / "A.html"
+    page.write_text("older")
+    asked = ("annotate", LATEST.parent / "query.h5ad", "--model", LATEST, "--out", out, "--report", page)
+    done = limited("disk", 400_000, *asked, "report.max_cells=100")
+    assert (done.returncode, done.stderr.count("carvae: ")) == (1, 1), done.stderr
+    assert f"the labels are in {out}, and `carvae report` makes the page" in done.stderr
+    assert page.read_text() == "older"
+    assert out.stat().st_size < 400_000
+    assert names(tmp_path) == ["A.cells.csv.gz", "A.h5ad", "A.html", "A.samples.csv"]
+    before = sha256(out)
+    full = limited("disk", 6_000, "reproduce", out, "--model", LATEST)  # made again in a temporary place
+    assert (full.returncode, full.stderr.count("carvae: "), full.stdout) == (1, 1, ""), full.stderr
+    assert sha256(out) == before
+    says(done.stderr.splitlines()[-1])
+
+
+@pytest.mark.case("D04")
+def test_a_folder_that_cannot_be_written_to_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, says: Says
+) -> None:
+    made = atomic._make
+
+    def make(folder: Path) -> None:
+        if folder.name == "fixed":  # permissions do not bind root, under whom tests may run
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(folder))
+        made(folder)
+
+    monkeypatch.setattr(atomic, "_make", make)
+    fixed = tmp_path / "fixed"
+    answer = carvae("export", LATEST, "--share", "--out", fixed / "S")
+    assert (answer.code, answer.err) == (1, f"carvae: Read-only file system: {fixed}; choose another output\n")
+    query, out = LATEST.parent / "query.h5ad", tmp_path / "A.h5ad"
+    answer = carvae("annotate", query, "--model", LATEST, "--out", out, "--report", fixed / "A.html")
+    assert (answer.code, answer.err) == (1, f"carvae: Read-only file system: {fixed}; choose another output\n")
+    assert f"the labels are in {out}" in caplog.text
+    assert names(tmp_path) == ["A.cells.csv.gz", "A.h5ad", "A.samples.csv"]
+    says(answer.err)
 
 
 @pytest.mark.case("D11")
