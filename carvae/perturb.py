@@ -212,7 +212,8 @@ def _answer(bundle: Bundle, cells: Cells, panel: sp.csr_matrix) -> Answer:
     if bundle.responder is None:
         return Answer(probability, None, None)
     model = Model(bundle.network, bundle.genes, bundle.tree, bundle.signatures)
-    asked = asked_of(describe(model, panel, cells.query.sample_N, cells.query.samples), cells.obs)
+    query = cells.query
+    asked = asked_of(describe(model, panel, query.sample_N, query.samples, present_G=query.present_G), cells.obs)
     score_R, refit_BR = bundle.responder.score(asked)
     of_P = [asked.patient_R == name for name in sorted(set(asked.patient_R))]
     return Answer(

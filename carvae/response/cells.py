@@ -61,17 +61,25 @@ class Described:
 
 
 def describe(
-    model: Model, panel: sp.csr_matrix, code_N: NDArray[np.intp], samples: Sequence[str], *, expression: bool = False
+    model: Model,
+    panel: sp.csr_matrix,
+    code_N: NDArray[np.intp],
+    samples: Sequence[str],
+    *,
+    present_G: NDArray[np.bool_] | None = None,
+    expression: bool = False,
 ) -> Described:
     """Bags and features of samples from counts over the model's genes [N, G].
 
     Parameters
     ----------
+    present_G
+        Which genes were measured; by default all.
     expression
         Also the mean of every gene, and a bag of the genes of signatures, as baselines read them: log1p of counts per
         ten thousand.
     """
-    said = model.network.predict(panel)
+    said = model.network.predict(panel, present_G=present_G)
     probability_NS = np.hstack([said.probability_NS[axis.name] for axis in model.tree.axes])
     cell = np.hstack([said.latent_NK, probability_NS]).astype(np.float32)
     total_N = np.asarray(panel.sum(axis=1)).ravel()
@@ -185,4 +193,4 @@ def described_query(
         log.info("%s of %s cells have too few counts and are left out", f"{(~enough).sum():,}", f"{enough.size:,}")
     model = Model(bundle.network, bundle.genes, bundle.tree, bundle.signatures)
     panel, code = query.panel[enough], query.sample_N[enough]
-    return describe(model, panel, code, query.samples, expression=expression)
+    return describe(model, panel, code, query.samples, present_G=query.present_G, expression=expression)
