@@ -219,7 +219,7 @@ class PredictConfig(Section):
     threads: int = Field(0, ge=0)
     """CPU threads; 0 leaves the libraries' own choice."""
     root: str | None = None
-    """A state at the memory-like end, or ``auto`` for the cells of the highest ``memory_stem`` score: every cell then
+    """A state at the memory-like end, or ``auto`` for those of the highest ``memory_stem`` scores: every cell then
     gets its place in the order from there (``carvae_pseudotime``). For this, cells stay in memory."""
     car: CarConfig = Field(default_factory=CarConfig)
 
