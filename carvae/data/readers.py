@@ -220,7 +220,8 @@ def _open_hdf5(path: Path, counts: str, name: str) -> Opened:
         if "X" in file or "layers" in file or "raw" in file:
             return open_anndata(path, counts, name)
         for group in file:
-            if isinstance(file.get(group, getlink=True), h5py.HardLink) and "barcodes" in file[group]:
+            own = isinstance(file.get(group, getlink=True), h5py.HardLink)
+            if own and isinstance(file[group], h5py.Group) and "barcodes" in file[group]:  # `in` reads all of an array
                 return open_10x(path, file, name)
         inside = ", ".join(map(str, file)) or "nothing"
     raise ReadError(f"{path} is HDF5 but neither .h5ad nor a 10x matrix (it holds {inside}); export it as .h5ad")

@@ -325,11 +325,9 @@ class _Harmoniser:
         return pd.Series(np.append(numbers, np.nan)[codes], index=self.obs.index)
 
     def _note_odd_names(self, codes: np.ndarray[Any, np.dtype[np.intp]], labels: list[str], source: str) -> None:
-        odd = [code for code, label in enumerate(labels) if label.casefold() in MISSING_WORDS]
-        if odd:
-            words = ", ".join(repr(labels[code]) for code in odd)
-            n_odd = f"{int(np.isin(codes, odd).sum()):,}"
-            what = f"study {self.study!r}: obs[{source!r}] holds {words} ({n_odd}), taken as a name of a sample"
+        if odd := [code for code, label in enumerate(labels) if label.casefold() in MISSING_WORDS]:
+            words = f"{', '.join(repr(labels[code]) for code in odd)} ({int(np.isin(codes, odd).sum()):,})"
+            what = f"study {self.study!r}: obs[{source!r}] holds {words}, taken as a name of a sample"
             self.notes.append(f"{what}; where it means none, leave these cells of the table empty")
 
     def _check_levels(self, out: pd.DataFrame) -> None:
@@ -360,7 +358,10 @@ class _Harmoniser:
 
 def _text(values: pd.Series[Any], missing: frozenset[str]) -> tuple[np.ndarray[Any, np.dtype[np.intp]], list[str]]:
     """Codes and labels of the values as text, -1 where missing; 3 and 3.0 are the same label."""
-    raw, uniques = pd.factorize(values.astype(object), use_na_sentinel=True)
+    try:
+        raw, uniques = pd.factorize(values.astype(object), use_na_sentinel=True)
+    except TypeError:
+        raise SchemaError(f"obs[{values.name!r}] holds no plain values; keep one text or number per cell") from None
     as_text = [_as_text(value) for value in uniques]
     labels = list(dict.fromkeys(text for text in as_text if text.casefold() not in missing))
     position = {label: code for code, label in enumerate(labels)}
@@ -375,8 +376,7 @@ def _as_text(value: object) -> str:
 
 
 def _nearest(name: str, among: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, among, n=1)
-    return f"did you mean {close[0]!r}? " if close else ""
+    return "".join(f"did you mean {close!r}? " for close in difflib.get_close_matches(name, among, n=1))
 
 
 def _shared(studies: Sequence[Harmonised], column: str) -> list[Problem]:

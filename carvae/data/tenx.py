@@ -76,7 +76,7 @@ def open_10x(path: Path, file: h5py.File, name: str) -> Opened:
     ReadError
         If the file is broken or hostile, of several genomes, or not a feature-barcode matrix.
     """
-    groups = [str(group) for group in file if "barcodes" in member(file, group, str(path))]
+    groups = [str(group) for group in file if _holds_barcodes(member(file, group, str(path)))]
     if "barcode_idx" in file:
         raise ReadError(f"{path} is a molecule_info file; give filtered_feature_bc_matrix.h5 instead")
     if len(groups) > 1:
@@ -100,7 +100,13 @@ def open_10x(path: Path, file: h5py.File, name: str) -> Opened:
     return Opened(name, HeldCells(_sample_obs(cells, name)), [candidate])
 
 
+def _holds_barcodes(node: Node) -> bool:
+    return isinstance(node, h5py.Group) and "barcodes" in node  # ``in`` would read all of an array
+
+
 def _strings(array: Node) -> list[str]:
+    if array.ndim != 1:
+        raise ReadError(f"{array.name} is no list of names; download or copy the file again")
     return [value.decode(errors="replace") if isinstance(value, bytes) else str(value) for value in array[:]]
 
 

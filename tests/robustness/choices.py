@@ -186,7 +186,8 @@ def _edit_values(file: Any, name: str, kind: int, arrays: list[Any], choices: Ch
     if kind == 6:
         del node.attrs[choices.pick(ATTRIBUTES)]
     elif kind == 7:
-        node[choices.number(2) % node.shape[0]] = choices.pick((-1, 0, 1, 29, 30, 2**31, 0.5, np.nan, np.inf, b"", "x"))
+        at = choices.number(2) % max(node.shape[0], 1)
+        node[at] = choices.pick((-1, 0, 1, 29, 30, 2**31, 0.5, np.nan, np.inf, b"", "x"))
     elif kind == 8:
         values = np.asarray(node)
         del file[name]
