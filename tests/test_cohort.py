@@ -322,7 +322,7 @@ class Oracle(Network):
         torch.nn.Module.__init__(self)
         self.known, self.n_leaves = known, n_leaves
 
-    def predict(self, counts: sp.csr_matrix) -> Prediction:
+    def predict(self, counts: sp.csr_matrix, *, present_G: np.ndarray | None = None) -> Prediction:
         leaf = [self.known.get(row.astype(np.float32).tobytes(), 0) for row in counts.toarray()]
         return Prediction(
             np.zeros((len(leaf), 2), np.float32), {"state": np.eye(self.n_leaves, dtype=np.float32)[leaf]}

@@ -82,7 +82,7 @@ def test_a_gene_is_learned_from_the_studies_that_measured_it() -> None:
     expected = whole.logits(z, lacking, torch.eye(G))
     torch.testing.assert_close(found.logits(z, lacking, torch.eye(G)), expected, rtol=1e-3, atol=1e-3)
     naive = fitted(both).logits(z, lacking, torch.eye(G))
-    assert (naive - expected).abs().mean() > 1
+    assert (naive - expected)[:, :6].abs().mean() > 1
 
 
 def test_values_of_measured_genes_are_those_of_the_whole_cell() -> None:
