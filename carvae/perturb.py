@@ -213,7 +213,8 @@ def _answer(bundle: Bundle, cells: Cells, panel: sp.csr_matrix) -> Answer:
         return Answer(probability, None, None)
     model = Model(bundle.network, bundle.genes, bundle.tree, bundle.signatures)
     query = cells.query
-    asked = asked_of(describe(model, panel, query.sample_N, query.samples, present_G=query.present_G), cells.obs)
+    said = bundle.network.predict(panel, present_G=query.present_G)
+    asked = asked_of(describe(model, panel, query.sample_N, query.samples, said), cells.obs)
     score_R, refit_BR = bundle.responder.score(asked)
     of_P = [asked.patient_R == name for name in sorted(set(asked.patient_R))]
     return Answer(
