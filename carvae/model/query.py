@@ -156,7 +156,7 @@ class Calls:
 def calls(
     panel: sp.csr_matrix, bundle: Bundle, predict: PredictConfig, present_G: NDArray[np.bool_]
 ) -> dict[str, Calls]:
-    """Labels on every axis of the model, as `carvae annotate` gives them."""
+    """Labels on every axis of the model, as `carvae annotate` gives them to cells with the genes in ``present_G``."""
     known_N = np.asarray(panel.sum(axis=1)).ravel() >= predict.min_counts
     if bundle.trust is None:
         said = bundle.network.predict(panel, predict.precision, present_G=present_G).probability_NS
