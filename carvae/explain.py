@@ -226,7 +226,8 @@ def _state_table(
 ) -> pd.DataFrame:
     """The genes that add most to each state that was called, the greatest first."""
     assert bundle.tree is not None
-    has, value = cells.query.panel.astype(bool).tocsr(), normalised(cells.query.panel)
+    share = measured_share(bundle.network, cells.query.present_G)
+    has, value = cells.query.panel.astype(bool).tocsr(), normalised(cells.query.panel, share)
     tables = []
     for s, state in enumerate(bundle.tree[axis].leaves):
         own, others = label_N == s, (label_N != s) & (label_N != UNKNOWN)

@@ -11,13 +11,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 from numpy.typing import NDArray
 from scipy import stats
 
@@ -94,16 +93,16 @@ def run(query: Path, model: Path, out: Path, config: PerturbConfig, predict: Pre
     asked = _interventions(bundle, config)
     cells = _cells(open_samples(query, counts=predict.counts), bundle, config, predict, rng)
     expression = Expression.of(cells.query.panel, cells.query.total_N, config.level)
-    before = _answer(bundle, cells, cells.query.panel)
+    before = _answer(bundle, cells)
     tables: dict[str, list[pd.DataFrame]] = {STATES: [], SAMPLES: [], RESPONSE: []}
     for what in asked:
         if absent := _unread(bundle, cells, what):
             log.warning("%s %s: %s", what.name, what.direction, absent)
-        after = _answer(bundle, cells, applied(cells.query.panel, cells.query.total_N, what, expression))
+        after = _answer(bundle, _changed(cells, what, expression))
         random = []
         for _ in range(config.controls):
             same = control(what, expression, cells.query.present_G, rng)
-            random.append(_answer(bundle, cells, applied(cells.query.panel, cells.query.total_N, same, expression)))
+            random.append(_answer(bundle, _changed(cells, same, expression)))
         _told(bundle, cells, what, (before, after, random), tables)
         log.info("%s %s", what.name, what.direction)
     written = {name: pd.concat(parts, ignore_index=True)[COLUMNS[name]] for name, parts in tables.items() if parts}
@@ -203,17 +202,27 @@ def _unread(bundle: Bundle, cells: Cells, what: Intervention) -> str:
     return "; ".join(said)
 
 
-def _answer(bundle: Bundle, cells: Cells, panel: sp.csr_matrix) -> Answer:
+def _changed(cells: Cells, what: Intervention, expression: Expression) -> Cells:
+    """The cells with the genes set; these are known then, also where the query did not measure them."""
+    query = cells.query
+    known_G = query.present_G.copy()
+    known_G[list(what.genes)] = True
+    panel = applied(query.panel, query.total_N, what, expression)
+    return replace(cells, query=replace(query, panel=panel, present_G=known_G))
+
+
+def _answer(bundle: Bundle, cells: Cells) -> Answer:
     assert bundle.tree is not None
+    query = cells.query
     if bundle.trust is None:
-        probability = dict(bundle.network.predict(panel, present_G=cells.query.present_G).probability_NS)
+        probability = dict(bundle.network.predict(query.panel, present_G=query.present_G).probability_NS)
     else:
-        probability = bundle.trust.probability(bundle.network, panel, cells.query.present_G)
+        probability = bundle.trust.probability(bundle.network, query.panel, query.present_G)
     if bundle.responder is None:
         return Answer(probability, None, None)
     model = Model(bundle.network, bundle.genes, bundle.tree, bundle.signatures)
-    query = cells.query
-    asked = asked_of(describe(model, panel, query.sample_N, query.samples, present_G=query.present_G), cells.obs)
+    said = bundle.network.predict(query.panel, present_G=query.present_G)
+    asked = asked_of(describe(model, query.panel, query.sample_N, query.samples, said), cells.obs)
     score_R, refit_BR = bundle.responder.score(asked)
     of_P = [asked.patient_R == name for name in sorted(set(asked.patient_R))]
     return Answer(

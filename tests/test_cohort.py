@@ -348,6 +348,31 @@ def test_held_out_scores_are_of_held_out_patients_alone(tmp_path: Path) -> None:
     assert loss["0.6"] < 0.7, "genes were not taken away"
 
 
+def test_held_out_scores_know_what_each_study_measured(tmp_path: Path) -> None:
+    """They are of what `carvae annotate` would say: genes that a study lacks are expected, not taken for zeros."""
+    table = pd.concat([obs_of({"a": 30}), obs_of({"b": 30}, study="t")]).assign(label=["x", "y", "z"] * 20)
+    measured = np.ones((2, 12), np.bool_)
+    measured[1, :5] = False
+    seen: list[tuple[float, list[bool]]] = []
+
+    class Noting(Oracle):
+        def predict(self, counts: sp.csr_matrix, *, present_G: np.ndarray | None = None) -> Prediction:
+            assert present_G is not None
+            seen.append((float(counts.toarray()[:, ~present_G].sum()), present_G.tolist()))
+            return super().predict(counts, present_G=present_G)
+
+    counts = counts_of(60)
+    counts = sp.csr_matrix(counts.multiply(measured[np.repeat([0, 1], 30)]))
+    store = write_store(tmp_path / "store.zarr", counts, table, measured=measured)
+    studies = {name: {"path": "nowhere.h5ad", "label": "label"} for name in "st"}
+    cohort = Cohort.assemble(store, Config.parse({"ingest": {"studies": studies}}))
+    split = PatientSplit(np.arange(30), np.arange(30, 60), ("b",))
+    assert held_out_metrics(Noting({}, 3), cohort, split, seed=0)["held_out"]["state"]["n_cells"] == 30
+    assert seen[0] == (0.0, measured[1].tolist())
+    assert not any(absent for absent, _ in seen)
+    assert not any(any(present[:5]) for _, present in seen)
+
+
 def test_without_held_out_patients_nothing_is_scored(tmp_path: Path, obs: pd.DataFrame) -> None:
     cohort = assembled(tmp_path, obs)
     nobody = PatientSplit(np.arange(15), np.arange(0), ())

@@ -6,14 +6,20 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+from anndata import AnnData
 from sklearn.linear_model import Ridge
+from trained import World
 
-from carvae.config import ModelConfig
+from carvae.config import ModelConfig, PredictConfig
 from carvae.data.loader import CellData
+from carvae.data.readers import open_source
 from carvae.data.residence import Resident
 from carvae.data.sparse import CompactCSR, CountsCSR
+from carvae.model.bundle import load
 from carvae.model.completion import COUNTS_PER_CELL, RIDGE, Completion, fit_completion, log_normalised
 from carvae.model.heads import StateHead
+from carvae.model.network import Network
+from carvae.model.query import Samples, read
 from carvae.model.vae import Encoder
 
 N, G, K = 300, 24, 3
@@ -128,3 +134,35 @@ def test_the_latent_space_weighs_less_where_genes_are_absent(measured: float) ->
     found = head.gene_weight(part, head.completion.absent(present))[:, 0]
     relative = part.library_N() / measured * 1e-3
     torch.testing.assert_close(found, 1 - measured**2 / (relative**2 + 1))
+
+
+def test_files_that_measured_different_genes_are_read_by_the_genes_of_all(world: World) -> None:
+    """Else a gene's counts in one file would come on top of what is expected of it since the other file lacks it."""
+    bundle, whole = load(world.bundle, device="cpu"), world.query[:40].copy()
+    query: AnnData = whole[:, ::2].copy()
+    sources, config = [open_source(whole), open_source(query)], PredictConfig(min_overlap=0.1, min_counts=5)
+    samples = Samples.of(sources, None)
+    together = read(sources, bundle, config, samples, np.ones(80, np.bool_))
+    own = Samples.of(sources[1:], None)
+    alone = read(sources[1:], bundle, config, own, np.ones(40, np.bool_))
+    np.testing.assert_array_equal(together.present_G, alone.present_G)
+    assert not together.panel[:, ~together.present_G].sum()
+    np.testing.assert_array_equal(together.panel[:40].toarray(), alone.panel.toarray())
+
+
+def test_each_study_is_asked_about_with_the_genes_that_it_measured() -> None:
+    torch.manual_seed(2)
+    network = Network(G, {}, {"state": torch.eye(4)}, CONFIG).eval()
+    network.head.completion.load_state_dict(fitted(cells()).state_dict())
+    network.head.get_buffer("inverse_depth").fill_(0.01)
+    network.head.axes[0].get_buffer("gene_weight_GF").normal_()
+    study, measured = np.arange(N) % 3, np.arange(G)[None, :] % np.array([[99], [2], [3]]) != 1
+    counts = sp.csr_matrix(cells().multiply(measured[study]))
+    found = network.predict_studies(counts, measured, study)
+    for s in range(3):
+        expected = network.predict(counts[study == s], present_G=measured[s])
+        np.testing.assert_allclose(found.latent_NK[study == s], expected.latent_NK, rtol=1e-5, atol=1e-6)
+        got = found.probability_NS["state"][study == s]
+        np.testing.assert_allclose(got, expected.probability_NS["state"], rtol=1e-4, atol=1e-6)
+    zeros = network.predict(counts).probability_NS["state"]
+    assert np.abs(found.probability_NS["state"] - zeros).max() > 0.05

@@ -19,7 +19,7 @@ from carvae.config import label_file
 from carvae.data.readers import open_source
 from carvae.data.sparse import CountsCSR
 from carvae.errors import ConfigError
-from carvae.explain import REST
+from carvae.explain import MIN_CELLS, REST
 from carvae.labels.signatures import Signatures
 from carvae.labels.tree import LabelTree
 from carvae.model.attribution import Asked, Baseline, attribute, baseline, measured_share
@@ -205,6 +205,20 @@ def test_genes_that_are_not_there_are_named_and_not_shown_as_zero(explained: Pat
     absent = set(missing[missing["what"] == "marker"]["gene"])
     assert absent
     assert set(table["gene"][table["mean"].isna()]) == absent
+
+
+def test_where_genes_are_missing_no_gene_speaks_by_presence_for_every_state(world: World, tmp_path: Path) -> None:
+    """Presence is to be there more than in the mean of the states, which not all of them can be."""
+    poor = world.query[:, np.random.default_rng(0).random(world.query.n_vars) < 0.5]
+    poor.write_h5ad(tmp_path / "poor.h5ad")
+    settings = ("predict.min_counts=2", "predict.min_overlap=0.1", "explain.n_genes=10000")
+    answer = carvae("explain", tmp_path / "poor.h5ad", "--model", world.bundle, "--out", tmp_path / "o", *settings)
+    assert answer.code == 0, answer.err
+    table = pd.read_csv(tmp_path / "o" / "genes.csv")
+    table = table[(table["axis"] == "state") & (table["n_cells"] >= MIN_CELLS)]
+    table = table[table.groupby("gene")["share_expressing"].transform("max") > 0]
+    assert table["state"].nunique() > 2
+    assert table.groupby("gene")["speaks_by"].agg(lambda by: "absence" in set(by)).all()
 
 
 def test_cells_are_drawn_by_the_seed(world: World, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import anndata as ad
@@ -20,6 +21,7 @@ from carvae import annotate
 from carvae.config import PredictConfig
 from carvae.data.diversity import INDICES
 from carvae.errors import CarvaeError
+from carvae.labels.signatures import Signatures
 from carvae.labels.tree import LabelTree
 from carvae.model.cell_clones import Asked
 from carvae.model.sample_table import shared
@@ -294,3 +296,11 @@ def test_what_is_the_same_in_all_cells_of_a_sample_is_of_the_sample() -> None:
     assert table["tissue"].tolist()[0] == "blood"
     assert table["tissue"].isna().tolist() == [False, True, True, True]
     assert table["timepoint_days"].tolist()[:3] == [0, 7, 9]
+
+
+def test_an_order_without_any_score_of_memory_says_what_it_lacks(caplog: pytest.LogCaptureFixture) -> None:
+    item = {"name": "memory_stem", "genes": ["CCR7"], "sources": [{"citation": "Doe 2020", "doi": "10.1/x"}]}
+    bundle = replace(BUNDLE, signatures=Signatures.from_dict({"signatures": [item]}))
+    obs = annotate(query(), bundle, PredictConfig(root="auto", **EASY)).obs
+    assert obs["carvae_pseudotime"].isna().all()
+    assert "no cell has a memory_stem score" in caplog.text

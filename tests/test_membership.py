@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_witness import IDENTITY, STATES, cohort_of, split_of
-from tiny import tiny_bundle
+from tiny import GENES, tiny_bundle
 
 from carvae.labels.tree import LabelTree
 from carvae.model.membership import Faced, face, membership
@@ -83,3 +83,22 @@ def test_a_network_faces_members_and_others(tmp_path: Path) -> None:
     np.testing.assert_allclose(found.loss_N[known], -np.log(said[known, truth[known]]), rtol=1e-4)
     np.testing.assert_allclose(found.confidence_N, said.max(1), rtol=1e-4)
     assert found.view_NT.shape == (len(truth), 3)
+
+
+def test_genes_that_some_study_lacks_are_left_out_for_all(tmp_path: Path) -> None:
+    """What is expected of them would come on top of their counts in the studies that measured them."""
+    measured = np.ones((1, len(GENES)), np.bool_)
+    measured[0, 8:] = False
+    cohort = cohort_of(tmp_path, measured)
+    network = tiny_bundle(LabelTree.flat(list(STATES)), n_categories={"study": 1, "sample": 4}).network
+    network.head.completion.get_buffer("share_G").fill_(1 / len(GENES))
+    network.head.get_buffer("inverse_depth").fill_(1.0)
+    network.head.axes[0].get_buffer("gene_weight_GF").normal_()
+    fold = split_of(cohort, ("P2",))
+    reference = witness(network, cohort, fold, IDENTITY, np.random.default_rng(0)).reference
+    found = face(network, cohort, fold, reference, np.random.default_rng(1))
+    counts = cohort.store.counts().multiply(measured).tocsr()
+    assert counts.sum() < cohort.store.counts().sum()
+    said = network.predict(counts, present_G=measured[0]).probability_NS["state"]
+    np.testing.assert_allclose(found.confidence_N, said.max(1), rtol=1e-4)
+    np.testing.assert_allclose(found.counts_N, np.asarray(counts.sum(axis=1)).ravel())

@@ -165,6 +165,20 @@ def test_a_model_of_outcomes_says_what_it_would_predict(cohort: Cohort, tmp_path
     assert table["difference"].abs().max() > 0
 
 
+def test_genes_that_were_not_measured_are_known_once_they_are_set(world: World, tmp_path: Path) -> None:
+    """What is expected of them would stand beside what they are set to, so that setting to zero would do nothing."""
+    gone = PROGRAMMES["effector/cytotoxic"]
+    world.query[:, ~world.query.var_names.isin(gone)].write_h5ad(tmp_path / "poor.h5ad")
+    settings = (f"perturb.down=[{'+'.join(gone)}]", "perturb.controls=1", "predict.min_counts=5")
+    arguments = ("perturb", tmp_path / "poor.h5ad", "--model", world.bundle, "--out", tmp_path / "o")
+    answer = carvae(*arguments, *settings)
+    assert answer.code == 0, answer.err
+    states = pd.read_csv(tmp_path / "o" / "states.csv").set_index("state")
+    effector = states[states.index.str.contains("effector")]
+    assert effector["difference"].min() < -0.001
+    assert states["difference"].max() > 0.001
+
+
 def test_the_same_seed_gives_the_same_tables(world: World, tmp_path: Path) -> None:
     settings = ("perturb.up=[TCF7]", "perturb.controls=2", "perturb.max_cells=60", "predict.min_counts=5")
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):

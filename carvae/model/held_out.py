@@ -30,7 +30,10 @@ def held_out_metrics(network: Network, cohort: Cohort, split: PatientSplit, seed
     if not split.validation.size or cohort.tree is None:
         return {}
     parts = np.split(split.validation, np.arange(CELLS_AT_A_TIME, split.validation.size, CELLS_AT_A_TIME))
-    found = [network.predict(cohort.store.counts(part)).probability_NS for part in parts]
+    measured_SG, study_N = cohort.store.measured, cohort.study_N
+    found = [
+        network.predict_studies(cohort.store.counts(part), measured_SG, study_N[part]).probability_NS for part in parts
+    ]
     scores: dict[str, AxisScores] = {}
     for axis in cohort.tree.axes:
         probability_NS = np.concatenate([part[axis.name] for part in found])
@@ -61,7 +64,8 @@ def _by_missing_genes(
         found = []
         for _ in range(GENE_LOSS_DRAWS if share else 1):
             present_G = rng.random(counts.shape[1]) >= share
-            said = network.predict(counts.multiply(present_G[None, :]).tocsr(), present_G=present_G)
+            poorer = counts.multiply(present_G[None, :]).tocsr()
+            said = network.predict_studies(poorer, cohort.store.measured & present_G, cohort.study_N[cells])
             score = score_axis(said.probability_NS[axis], truth[cells], cohort.tree[axis].leaves)
             found.append(0.0 if score is None else score.macro_f1)
         means[f"{share:g}"] = float(np.mean(found))

@@ -195,7 +195,8 @@ class Late:
         else:
             roots = np.flatnonzero(state_N == self.config.root)
         if not len(roots):
-            log.warning("no cell is called %s, so no order begins there; choose another predict.root", self.config.root)
+            why = "has a memory_stem score" if self.config.root == AUTO else f"is called {self.config.root}"
+            log.warning("no cell %s, so no order begins there; choose another predict.root", why)
             return place_N
         place_N[used_N] = pseudotime(np.concatenate(self.latent)[used_N], roots, rng)
         if np.isnan(place_N[used_N]).all():

@@ -62,7 +62,7 @@ def face(network: Network, cohort: Cohort, fold: PatientSplit, reference: Refere
     most = min(MAX_OF_PATIENT, max(1, MOST_CELLS // len(names)))
     rows = np.sort(np.concatenate([rng.permutation(np.flatnonzero(patient_N == name))[:most] for name in names]))
     present_G: NDArray[np.bool_] = np.all(cohort.store.measured, axis=0)
-    counts = cohort.store.counts(rows)
+    counts = cohort.store.counts(rows).multiply(present_G[None, :]).tocsr()
     observed = observe(network, counts, present_G)
     axis = cohort.tree.axes[0].name
     log_NS, truth_N = observed.log_probability[axis], cohort.true_leaf(axis)[rows]

@@ -104,3 +104,12 @@ class Network(nn.Module):
         if not parts:
             raise AssertionError("predict needs cells")
         return Prediction.joined(parts)
+
+    def predict_studies(
+        self, counts: sp.csr_matrix, present_SG: NDArray[np.bool_], study_N: NDArray[np.integer]
+    ) -> Prediction:
+        """As `predict`, of cells of studies that measured different genes: a row of ``present_SG`` for each study."""
+        own = [np.flatnonzero(study_N == study) for study in np.unique(study_N)]
+        parts = [self.predict(counts[rows], present_G=present_SG[study_N[rows[0]]]) for rows in own]
+        back_N, whole = np.argsort(np.concatenate(own)), Prediction.joined(parts)
+        return Prediction(whole.latent_NK[back_N], {axis: p_NS[back_N] for axis, p_NS in whole.probability_NS.items()})

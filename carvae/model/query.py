@@ -55,7 +55,7 @@ class Query:
     """Cells of a query."""
 
     panel: sp.csr_matrix
-    """Counts over the model's genes, [N, G]."""
+    """Counts over the model's genes, [N, G]; of those alone that all sources measured."""
     total_N: NDArray[np.int64]
     """Counts over all genes."""
     sample_N: NDArray[np.intp]
@@ -92,12 +92,17 @@ def read(
     for source in sources:
         parts.append(_read_source(source, bundle, predict, taken_N[first : first + source.n_cells], others))
         first += source.n_cells
+    present_G = np.all([part.present_G for part in parts], axis=0)
+    panel = sp.vstack([part.panel for part in parts], format="csr")
+    if some := int(np.any([part.present_G for part in parts], axis=0).sum() - present_G.sum()):
+        log.info("%d of the model's genes are in some of the files and not in others, and are left out", some)
+        panel = panel.multiply(present_G[None, :]).tocsr()  # else their counts came on top of what is expected of them
     return Query(
-        panel=sp.vstack([part.panel for part in parts], format="csr"),
+        panel=panel,
         total_N=np.concatenate([part.total_N for part in parts]),
         sample_N=samples.code_N[taken_N],
         samples=samples.names,
-        present_G=np.all([part.present_G for part in parts], axis=0),
+        present_G=present_G,
         other=sp.vstack([part.other for part in parts], format="csr"),
         measured_E=np.all([part.measured_E for part in parts], axis=0),
     )
@@ -151,7 +156,7 @@ class Calls:
 def calls(
     panel: sp.csr_matrix, bundle: Bundle, predict: PredictConfig, present_G: NDArray[np.bool_]
 ) -> dict[str, Calls]:
-    """Labels on every axis of the model, as `carvae annotate` gives them."""
+    """Labels on every axis of the model, as `carvae annotate` gives them to cells with the genes in ``present_G``."""
     known_N = np.asarray(panel.sum(axis=1)).ravel() >= predict.min_counts
     if bundle.trust is None:
         said = bundle.network.predict(panel, predict.precision, present_G=present_G).probability_NS

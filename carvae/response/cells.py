@@ -23,7 +23,7 @@ from carvae.labels.signatures import Signatures
 from carvae.labels.tree import LabelTree
 from carvae.model.bundle import Bundle, load
 from carvae.model.cohort import Cohort
-from carvae.model.network import Network
+from carvae.model.network import Network, Prediction
 from carvae.model.query import Samples, order_within, read
 from carvae.model.responder import FRACTION
 from carvae.response.heads import EXPRESSION, LATENT
@@ -65,21 +65,20 @@ def describe(
     panel: sp.csr_matrix,
     code_N: NDArray[np.intp],
     samples: Sequence[str],
+    said: Prediction,
     *,
-    present_G: NDArray[np.bool_] | None = None,
     expression: bool = False,
 ) -> Described:
     """Bags and features of samples from counts over the model's genes [N, G].
 
     Parameters
     ----------
-    present_G
-        Which genes were measured; by default all.
+    said
+        What the network says of these cells.
     expression
         Also the mean of every gene, and a bag of the genes of signatures, as baselines read them: log1p of counts per
         ten thousand.
     """
-    said = model.network.predict(panel, present_G=present_G)
     probability_NS = np.hstack([said.probability_NS[axis.name] for axis in model.tree.axes])
     cell = np.hstack([said.latent_NK, probability_NS]).astype(np.float32)
     total_N = np.asarray(panel.sum(axis=1)).ravel()
@@ -153,7 +152,9 @@ def patients_of_cohort(network: Network, cohort: Cohort, config: Config, signatu
     names, code_N = np.unique(cohort.obs["sample"].astype(str), return_inverse=True)
     taken = np.flatnonzero(order_within(code_N, rng) < MAX_CELLS)
     model = Model(network, cohort.store.header.genes, cohort.tree, signatures)
-    described = describe(model, cohort.store.counts(taken), code_N[taken], [str(name) for name in names])
+    counts = cohort.store.counts(taken)
+    said = network.predict_studies(counts, cohort.store.measured, cohort.study_N[taken])
+    described = describe(model, counts, code_N[taken], [str(name) for name in names], said)
     return with_outcomes(described, of_samples(cohort.obs), config.respond)
 
 
@@ -193,4 +194,5 @@ def described_query(
         log.info("%s of %s cells have too few counts and are left out", f"{(~enough).sum():,}", f"{enough.size:,}")
     model = Model(bundle.network, bundle.genes, bundle.tree, bundle.signatures)
     panel, code = query.panel[enough], query.sample_N[enough]
-    return describe(model, panel, code, query.samples, present_G=query.present_G, expression=expression)
+    said = bundle.network.predict(panel, present_G=query.present_G)
+    return describe(model, panel, code, query.samples, said, expression=expression)
