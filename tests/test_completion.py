@@ -134,6 +134,8 @@ def test_the_latent_space_weighs_less_where_genes_are_absent(measured: float) ->
     found = head.gene_weight(part, head.completion.absent(present))[:, 0]
     relative = part.library_N() / measured * 1e-3
     torch.testing.assert_close(found, 1 - measured**2 / (relative**2 + 1))
+    head.get_buffer("inverse_depth").zero_()
+    assert not head.gene_weight(part, head.completion.absent(present)).any(), "a view that is not fitted"
 
 
 def test_files_that_measured_different_genes_are_read_by_the_genes_of_all(world: World) -> None:

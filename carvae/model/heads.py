@@ -75,12 +75,12 @@ class StateHead(nn.Module):
         return answer
 
     def gene_weight(self, counts: CountsCSR, absent_A: Tensor | None) -> Tensor:
-        """Weight of the genes in the answer, [N, 1]."""
+        """Weight of the genes in the answer, [N, 1]; none until the gene view is fitted."""
         share = 1.0 if absent_A is None else self.completion.measured_share(absent_A)
         relative_N1 = (counts.library_N() / share * self.get_buffer("inverse_depth"))[:, None]
         power_N1 = relative_N1 ** self.get_buffer("depth_power")
         measured = 1.0 if absent_A is None else 1 - absent_A.numel() / counts.n_genes
-        return 1 - measured**2 / (power_N1 + 1)
+        return (1 - measured**2 / (power_N1 + 1)) * (self.get_buffer("inverse_depth") > 0)
 
     def latent_view(self, z_NK: Tensor) -> dict[str, Tensor]:
         """Log probability of each leaf by the latent space alone."""
