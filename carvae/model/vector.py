@@ -41,42 +41,24 @@ ASYMPTOTIC = 8.0
 
 @intrinsic
 def bits(typing: Any, x: Any) -> Any:
-    """The bits of a float32 as an int32."""
+    """The bits of a float32 as an int32, of a float64 as a uint64."""
+    integer, word = (types.uint64, ir.IntType(64)) if x == types.float64 else (types.int32, ir.IntType(32))
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.IntType(32))
+        return builder.bitcast(args[0], word)
 
-    return types.int32(types.float32), generate
+    return integer(types.float64 if x == types.float64 else types.float32), generate
 
 
 @intrinsic
 def from_bits(typing: Any, x: Any) -> Any:
-    """The float32 of the bits of an int32."""
+    """The float32 of the bits of an int32, the float64 of those of a uint64."""
+    number, kind = (types.float64, ir.DoubleType()) if x == types.uint64 else (types.float32, ir.FloatType())
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.FloatType())
+        return builder.bitcast(args[0], kind)
 
-    return types.float32(types.int32), generate
-
-
-@intrinsic
-def double_bits(typing: Any, x: Any) -> Any:
-    """The bits of a float64 as a uint64."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.IntType(64))
-
-    return types.uint64(types.float64), generate
-
-
-@intrinsic
-def double_from_bits(typing: Any, x: Any) -> Any:
-    """The float64 of the bits of a uint64."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.DoubleType())
-
-    return types.float64(types.uint64), generate
+    return number(types.uint64 if x == types.uint64 else types.int32), generate
 
 
 @intrinsic
@@ -174,25 +156,23 @@ def _double_log_of(exponent: Any, f: Any) -> Any:
     series = series * z + 2 / 7
     series = series * z + 2 / 5
     series = series * z + 2 / 3
-    k = double_from_bits(exponent | TWO_52_BITS) - (TWO_52 + 1023.0)
+    k = from_bits(exponent | TWO_52_BITS) - (TWO_52 + 1023.0)
     return k * DOUBLE_LN2 + (2.0 * s + s * z * series)
 
 
 @njit(fastmath=FAST, forceinline=True, error_model="numpy")
 def double_log1p(u: Any) -> Any:
     """log(1 + u) for u >= 0 in float64, relative error 1e-15."""
-    exponent = (double_bits(u + 1.0) + SQRT_HALF_TO_ONE) >> DOUBLE_MANTISSA
-    scale = double_from_bits((DOUBLE_BIAS + DOUBLE_BIAS - exponent) << DOUBLE_MANTISSA)
+    exponent = (bits(u + 1.0) + SQRT_HALF_TO_ONE) >> DOUBLE_MANTISSA
+    scale = from_bits((DOUBLE_BIAS + DOUBLE_BIAS - exponent) << DOUBLE_MANTISSA)
     return _double_log_of(exponent, u * scale + (scale - 1.0))
 
 
 @njit(fastmath=FAST, forceinline=True, error_model="numpy")
 def double_log(x: Any) -> Any:
     """log(x) for x > 0 in float64, to 1e-15 of the greater of it and 1."""
-    exponent = (double_bits(x) + SQRT_HALF_TO_ONE) >> DOUBLE_MANTISSA
-    return _double_log_of(
-        exponent, x * double_from_bits((DOUBLE_BIAS + DOUBLE_BIAS - exponent) << DOUBLE_MANTISSA) - 1.0
-    )
+    exponent = (bits(x) + SQRT_HALF_TO_ONE) >> DOUBLE_MANTISSA
+    return _double_log_of(exponent, x * from_bits((DOUBLE_BIAS + DOUBLE_BIAS - exponent) << DOUBLE_MANTISSA) - 1.0)
 
 
 @njit(fastmath=FAST, forceinline=True, error_model="numpy")
