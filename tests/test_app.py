@@ -481,3 +481,9 @@ def test_a_folder_of_a_killed_server_goes_and_that_of_a_living_one_stays(
         assert one.exists()
         assert two.stat().st_mode & 0o777 == 0o700
     assert [p.name for p in tmp_path.iterdir()] == ["carvae-app-link"]
+
+
+def test_who_calls_before_the_server_runs_is_not_refused() -> None:
+    """The address is printed, and a browser opened, before the first request can be answered."""
+    with listen("127.0.0.1", 0, expose=False) as listening:
+        socket.create_connection(listening.getsockname(), timeout=60).close()

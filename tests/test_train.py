@@ -356,7 +356,8 @@ def test_the_scores_are_of_held_out_patients_alone(world: World) -> None:
     assert set(patient[split.validation]) == held
     assert not held & set(patient[split.train])
     assert metrics["held_out_patients"] == len(held)
-    prediction = load(world.bundle).network.predict(cohort.store.counts(split.validation))
+    asked = cohort.store.counts(split.validation), cohort.store.measured, cohort.study_N[split.validation]
+    prediction = load(world.bundle).network.predict_studies(*asked)
     assert cohort.cohort_labels is not None
     for axis in cohort.cohort_labels.tree.axes:
         leaf = cohort.cohort_labels.labels[axis.name].leaf[split.validation]

@@ -69,6 +69,7 @@ def listen(host: str, port: int, *, expose: bool) -> socket.socket:
         try:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listening.bind(address)
+            listening.listen()  # the address is told before the server runs: who is quick waits and is not refused
         except OSError:
             listening.close()
             raise
