@@ -56,6 +56,11 @@ class CountsCSR:
         """Observed counts per cell, float [N]."""
         return torch.segment_reduce(self.count_M, "sum", offsets=self.indptr_N, initial=0, unsafe=True)
 
+    def dense(self, value_M: Tensor) -> Tensor:
+        """``value_M`` in place of the counts, with the zeros between them, [N, G]."""
+        dense_NG = value_M.new_zeros(self.n_cells, self.n_genes)
+        return dense_NG.index_put_((self.cell_M(), self.gene_M.long()), value_M, accumulate=True)
+
     def part(self, start: int, stop: int) -> CountsCSR:
         """Some cells in a row, in the same memory."""
         indptr_N = self.indptr_N[start : stop + 1]

@@ -67,8 +67,7 @@ class Attribution:
 def measured_share(network: Network, present_G: NDArray[np.bool_] | None) -> float:
     """Share of a cell's counts that the genes which were measured are expected to have."""
     completion = network.head.completion
-    absent_A = completion.absent(present_G)
-    return 1.0 if absent_A is None else float(completion.measured_share(absent_A))
+    return float(completion.measured_share(completion.absent(present_G)))
 
 
 def baseline(panel: sp.csr_matrix, group_N: NDArray[np.integer], min_cells: int, share: float = 1.0) -> Baseline:
@@ -123,8 +122,8 @@ def attribute(network: Network, asked: Asked, start: Baseline) -> Attribution:
     view = _Views(network.eval(), asked.axis, asked.present_G)
     cells = CountsCSR.from_scipy(asked.panel).to(view.device)
     leaf_N1 = torch.from_numpy(np.asarray(asked.leaf_N, np.int64)).to(view.device)[:, None]
-    log1p_NG = _dense(cells, cells.count_M.log1p())
-    value_NG = _dense(cells, log_normalised(cells, view.share))
+    log1p_NG = cells.dense(cells.count_M.log1p())
+    value_NG = cells.dense(log_normalised(cells, view.share))
     from_G, value_from_G = (torch.from_numpy(x).to(view.device) for x in (start.log1p_G, start.normalised_G))
     with torch.no_grad():
         weight_N1 = network.head.gene_weight(cells, view.absent_A)
@@ -190,8 +189,3 @@ def _mean_gradient(view: _Views, ends: tuple[Tensor, Tensor], leaf_N: Tensor, we
         *ends, leaf_N, weight_N1, n_steps=STEPS, method="gausslegendre", internal_batch_size=8192
     )
     return mean_NH.detach().to(ends[0].dtype)
-
-
-def _dense(cells: CountsCSR, value_M: Tensor) -> Tensor:
-    dense_NG = value_M.new_zeros(cells.n_cells, cells.n_genes)
-    return dense_NG.index_put_((cells.cell_M(), cells.gene_M.long()), value_M, accumulate=True)

@@ -61,8 +61,10 @@ class Completion(nn.Module):
             return None
         return torch.from_numpy(np.flatnonzero(~present_G)).to(share_G.device)
 
-    def measured_share(self, absent_A: Tensor) -> Tensor:
+    def measured_share(self, absent_A: Tensor | None) -> Tensor | float:
         """Share of a cell's counts over all genes that those which are not absent have, a scalar."""
+        if absent_A is None:
+            return 1.0
         return (1 - self.get_buffer("share_G")[absent_A].sum()).clamp(min=LEAST_SHARE)
 
     def logits(self, z_NK: Tensor, absent_A: Tensor, weight_GF: Tensor) -> Tensor:
@@ -155,9 +157,7 @@ class _Sums:
         for batch in MinibatchLoader(data, rows, CELLS_AT_A_TIME):
             counts = batch.counts
             z_NK = encoder(counts).mean_NK.double()
-            value_NG = torch.zeros(counts.n_cells, counts.n_genes, dtype=torch.float64)
-            at = counts.cell_M(), counts.gene_M.long()
-            value_NG.index_put_(at, log_normalised(counts, share).double(), accumulate=True)
+            value_NG = counts.dense(log_normalised(counts, share).double())
             parts.append(cls(counts.n_cells, z_NK.sum(0), z_NK.t() @ z_NK, value_NG.sum(0), z_NK.t() @ value_NG))
         return cls.joined(parts)
 

@@ -63,7 +63,7 @@ class StateHead(nn.Module):
         if not self.names:
             return {}
         latent = self.latent_view(z_NK)
-        share = 1.0 if absent_A is None else self.completion.measured_share(absent_A)
+        share = self.completion.measured_share(absent_A)
         value_M, weight_N1 = log_normalised(counts, share), self.gene_weight(counts, absent_A)
         answer = {}
         for (name, latent_NS), classifier in zip(latent.items(), self.axes, strict=True):
@@ -76,7 +76,7 @@ class StateHead(nn.Module):
 
     def gene_weight(self, counts: CountsCSR, absent_A: Tensor | None) -> Tensor:
         """Weight of the genes in the answer, [N, 1]; none until the gene view is fitted."""
-        share = 1.0 if absent_A is None else self.completion.measured_share(absent_A)
+        share = self.completion.measured_share(absent_A)
         relative_N1 = (counts.library_N() / share * self.get_buffer("inverse_depth"))[:, None]
         power_N1 = relative_N1 ** self.get_buffer("depth_power")
         measured = 1.0 if absent_A is None else 1 - absent_A.numel() / counts.n_genes
