@@ -17,7 +17,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from carvae.model.large_counts import EPS, SHORT, Large, Theta, add_large, collect_large, error_of_zeros, nb_large
+from carvae.model.large_counts import EPS, SHORT, Large, Theta, add_large, error_of_zeros
 from carvae.model.vector import (
     FAST,
     ONE,
@@ -294,9 +294,8 @@ def nb(logits_NG: Any, bias_G: Floats, cells: Cells, theta_G: Floats, scale: Any
         loss, sum_r = _sum(row.loss_G) + _sum(entries.loss_M[:m]), _sum(row.r_G) + _sum(entries.r_M[:m])
         _add(gene, row, entries, sums.dtheta_G)
         gene_J = gene[entries.large_M[:n_large]]
-        collect_large(gene_J, count[entries.large_M[:n_large]], row.p_G, exact, theta, large)
-        nb_large(large, n_large)
-        added, r = add_large(gene_J, large, row.r_G, sums.dtheta_G)
+        count_J = count[entries.large_M[:n_large]]
+        added, r = add_large(gene_J, count_J, row.p_G, row.r_G, exact, theta, large, sums.dtheta_G)
         loss += added + error_of_zeros(gene_J, large, row.loss_G)
         sum_r += r
         sums.loss_N[n] = np.float32(loss)
@@ -325,9 +324,8 @@ def zinb(logits_NG: Any, zero_NG: Any, biases: Any, cells: Cells, theta_G: Float
         _add(gene, row, entries, sums.dtheta_G)
         _add_dzero(gene, row, entries)
         gene_J = gene[entries.large_M[:n_large]]
-        collect_large(gene_J, count[entries.large_M[:n_large]], row.p_G, exact, theta, large)
-        nb_large(large, n_large)
-        added, r = add_large(gene_J, large, row.r_G, sums.dtheta_G)
+        count_J = count[entries.large_M[:n_large]]
+        added, r = add_large(gene_J, count_J, row.p_G, row.r_G, exact, theta, large, sums.dtheta_G)
         loss += added
         sum_r += r
         for j in range(n_large):

@@ -60,7 +60,7 @@ def _gammas_of(g: int, theta: Theta) -> Any:
 
 
 @njit(error_model="numpy")
-def collect_large(gene_J: Ints, count_J: Floats, p_G: Floats, scale: float, theta: Theta, large: Large) -> None:
+def _collect(gene_J: Ints, count_J: Floats, p_G: Floats, scale: float, theta: Theta, large: Large) -> None:
     """Put what large counts need side by side; ``scale`` makes ``mu`` of ``p_G``."""
     for j in range(gene_J.size):
         g = gene_J[j]
@@ -70,7 +70,7 @@ def collect_large(gene_J: Ints, count_J: Floats, p_G: Floats, scale: float, thet
 
 
 @njit(fastmath=FAST, error_model="numpy")
-def nb_large(large: Large, n: int) -> None:
+def _nb(large: Large, n: int) -> None:
     """What large counts add to loss, r and the gradient in theta of `kernels.nb`, and the loss as if they were zero."""
     count_J, theta_J, mu_J = large.count_J[:n], large.theta_J[:n], large.mu_J[:n]
     lgamma_J, digamma_J, zero_J = large.lgamma_J[:n], large.digamma_J[:n], large.zero_J[:n]
@@ -88,8 +88,22 @@ def nb_large(large: Large, n: int) -> None:
 
 
 @njit(error_model="numpy")
-def add_large(gene_J: Ints, large: Large, r_G: Floats, dtheta_G: Floats) -> Any:
-    """Returns what large counts add to the loss and to the sum of r."""
+def add_large(
+    gene_J: Ints,
+    count_J: Floats,
+    p_G: Floats,
+    r_G: Floats,
+    scale: float,
+    theta: Theta,
+    large: Large,
+    dtheta_G: Floats,
+) -> Any:
+    """Add large counts to r and to the gradient in theta; returns what they add to the loss and to the sum of r.
+
+    ``scale`` makes ``mu`` of ``p_G``.
+    """
+    _collect(gene_J, count_J, p_G, scale, theta, large)
+    _nb(large, gene_J.size)
     loss, sum_r = 0.0, 0.0
     for j in range(gene_J.size):
         g = gene_J[j]
@@ -102,7 +116,7 @@ def add_large(gene_J: Ints, large: Large, r_G: Floats, dtheta_G: Floats) -> Any:
 
 @njit(error_model="numpy")
 def error_of_zeros(gene_J: Ints, large: Large, loss_G: Floats) -> float:
-    """The error of ``loss_G``, which may be of the size of a large count, and cancels against `nb_large`."""
+    """The error of ``loss_G``, which may be of the size of a large count, and cancels against `add_large`."""
     error = 0.0
     for j in range(gene_J.size):
         error += large.zero_J[j] - np.float64(loss_G[gene_J[j]])
