@@ -10,7 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import log_softmax
 
-from carvae.model.calibration import COVERAGES, Bins, Calibration, Seen, Temperatures, set_scores, tempered
+from carvae.model.calibration import (
+    COMMON_SD,
+    COVERAGES,
+    PATIENT_CELLS,
+    PATIENT_SD,
+    SHORTAGE_SD,
+    Bins,
+    Calibration,
+    Seen,
+    Temperatures,
+    _by_patient,
+    set_scores,
+    tempered,
+)
 from carvae.model.metrics import expected_calibration_error
 
 N_LEAVES = 4
@@ -90,6 +103,32 @@ def test_networks_that_had_fewer_cells_do_not_make_the_final_one_less_sure() -> 
         final = log_softmax(log_p * 1.1, axis=1)
         sizes.append(calibration.sets(calibration.probability(final, bin_n), bin_n, 0.9).sum(1).mean())
     assert sizes[0] < sizes[1]
+
+
+def test_what_patients_have_in_common_is_the_regression_with_weak_priors() -> None:
+    # the same by least squares: a row for each patient, as sure as its cells are many, and a row for each prior
+    shortage, cells = np.array([0.0, 0.3, 0.9]), np.array([300, 2000, 700])
+    log_p, truth = world(int(cells.sum()), 9)
+    whose = np.repeat(np.array(list("ABC"), dtype=object), cells)
+    said = log_softmax(log_p * np.repeat([0.8, 1.5, 3.0], cells)[:, None], axis=1)
+    one = np.ones(truth.size)
+    rule = Temperatures.fit(Seen(said, truth, one, one, whose, np.repeat(shortage, cells)))
+    own, *_ = _by_patient(Seen(said, truth, one, one, whose, np.repeat(shortage, cells)))
+    sure = np.sqrt(cells / (cells + PATIENT_CELLS)) / PATIENT_SD
+    rows = np.vstack(
+        [sure[:, None] * np.column_stack([np.ones(3), shortage]), np.diag([1 / COMMON_SD, 1 / SHORTAGE_SD])]
+    )
+    expected, *_ = np.linalg.lstsq(rows, np.append(sure * own, [0.0, 0.0]), rcond=None)
+    np.testing.assert_allclose((rule.common, rule.of_shortage), expected, rtol=1e-6)
+
+
+def test_too_few_cells_for_any_pool_share_one_threshold() -> None:
+    log_p, truth = world(12, 10)
+    fitted = fit(log_p, truth)
+    assert np.ptp(fitted.threshold_BSC, axis=(0, 1)).max() == 0
+    assert (np.diff(fitted.threshold_BSC, axis=2) >= 0).all()
+    probability, bin_n = fitted.probability(log_p, np.zeros(12, np.int64)), np.zeros(12, np.int64)
+    assert fitted.sets(probability, bin_n, 0.99).all()  # of twelve cells none tells what one in a hundred does
 
 
 def test_calibration_repairs_an_overconfident_model_and_keeps_its_choices() -> None:
