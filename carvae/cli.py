@@ -89,7 +89,7 @@ def embed(settings: Config, query: Query, model: Model, out: Out) -> Job:
 
     return Job(
         lambda: predict.run(query, model, out, settings.predict, label=False),
-        lambda bundle: predict.refuse(bundle, query, out, settings.predict, label=False),
+        lambda bundle: predict.refuse(bundle, query, model, out, settings.predict, label=False),
         label=False,
     )
 
@@ -108,7 +108,7 @@ def annotate(
     asked = Asked(clones, settings.clones, settings.seed)
     job = Job(
         lambda: predict.run(query, model, out, settings.predict, label=True, asked=asked),
-        lambda bundle: predict.refuse(bundle, query, out, settings.predict, label=True),
+        lambda bundle: predict.refuse(bundle, query, model, out, settings.predict, label=True),
         asked=asked,
         written=lambda out: predict.written(out, label=True),
         rows=".samples.csv",
@@ -144,7 +144,7 @@ def plan(
 
     return Job(
         lambda: plan.run(query, model, out, settings.plan, settings.predict, settings.seed),
-        lambda bundle: plan.refuse(bundle, out),
+        lambda bundle: plan.refuse(bundle, model, out),
         rows=plan.TABLE,
     )
 
@@ -182,7 +182,7 @@ def explain(
 
     return Job(
         lambda: explain.run(query, model, out, settings.explain, settings.predict, settings.seed),
-        lambda bundle: explain.refuse(bundle, out),
+        lambda bundle: explain.refuse(bundle, model, out),
         rows=explain.GENES,
     )
 
@@ -200,7 +200,7 @@ def respond(
 
     return Job(
         lambda: respond.run(query, model, out, settings.predict, settings.seed),
-        lambda bundle: respond.refuse(bundle, out),
+        lambda bundle: respond.refuse(bundle, model, out),
         rows=".csv",
     )
 
@@ -294,7 +294,7 @@ def perturb(
 
     return Job(
         lambda: perturb.run(query, model, out, settings.perturb, settings.predict, settings.seed),
-        lambda bundle: perturb.refuse(bundle, out),
+        lambda bundle: perturb.refuse(bundle, model, out),
         rows=perturb.STATES,
     )
 

@@ -23,6 +23,7 @@ from carvae.data.sheet import told_of_cells
 from carvae.data.spreadsheet import write_table
 from carvae.errors import BundleError, ConfigError, RespondError, SchemaError
 from carvae.model.bundle import Bundle
+from carvae.model.bundle_files import check_outside
 from carvae.model.machine import load_on
 from carvae.model.responder import Responder
 from carvae.model.response import Head
@@ -47,7 +48,7 @@ def run(query: Path, model: Path, out: Path, predict: PredictConfig, seed: int =
         The model predicts no outcomes, or the query cannot be used; nothing is written then.
     """
     bundle = load_on(model, predict)
-    refuse(bundle, out)
+    refuse(bundle, model, out)
     sources = open_samples(query, counts=predict.counts)
     obs = cells_of(sources, predict)
     described = described_query(bundle, sources, obs["sample"].to_numpy(str), predict, seed)
@@ -63,10 +64,11 @@ def run(query: Path, model: Path, out: Path, predict: PredictConfig, seed: int =
     return out
 
 
-def refuse(bundle: Bundle, out: Path) -> None:
+def refuse(bundle: Bundle, model: Path, out: Path) -> None:
     """Raise what `run` would raise before it looks at the query."""
     if not out.name.endswith((".csv", ".csv.gz")):
         raise ConfigError(f"--out {str(out)!r} is no table; end it in .csv or .csv.gz")
+    check_outside(out, model)
     if bundle.responder is None and not bundle.decodes:
         raise BundleError(
             "this model was given away by `carvae export --share`, which leaves out what predicts outcomes, since that "

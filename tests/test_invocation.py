@@ -76,6 +76,17 @@ def test_a_labelled_map_takes_one_command(world: World, tmp_path: Path) -> None:
     assert len(page.read_text(encoding="utf-8")) == pytest.approx(len(again), rel=0.01)
 
 
+@pytest.mark.parametrize("verb", ["embed", "annotate", "plan", "map", "explain", "perturb", "respond"])
+def test_no_verb_writes_into_the_model_that_it_reads(world: World, verb: str) -> None:
+    before = sorted(world.bundle.iterdir())
+    inside = world.bundle / ("A.csv" if verb in {"embed", "annotate", "respond"} else "more")
+    for more in ((), ("--dry-run",)):
+        answer = carvae(verb, world.query_path, "--model", world.bundle, "--out", inside, *more)
+        assert answer.code == 1
+        assert "is the model itself or lies in it; choose another place" in answer.err
+    assert sorted(world.bundle.iterdir()) == before
+
+
 def test_a_device_that_is_not_there_is_said(world: World, tmp_path: Path) -> None:
     answer = carvae(
         "embed", world.query_path, "--model", world.bundle, "--out", tmp_path / "A.csv", "--device", "cuda:99"
