@@ -311,6 +311,9 @@ def test_what_cannot_be_used_is_said_in_one_sentence(
     (tmp_path / "folder").mkdir()
     assert "does not exist" in refused(tmp_path / "nowhere.csv")
     assert "lacks the columns chain, cdr3, cdr3_nt, productive; it has barcode, gene" in refused(wrong)
+    saved = tmp_path / "saved.csv"
+    contigs({A: CELLS[A]}).to_csv(saved, index=False, sep=";")
+    assert "parts its columns by semicolons, not by commas; give the file as it was exported" in refused(saved)
     assert "cannot be read as receptor data" in refused(empty)
     assert "holds no filtered_contig_annotations.csv" in refused(tmp_path / "folder")
     assert re.search("theirs look like '[ACGT]{16}-1', the query's like 'x-1'", refused(file, ["x-1"]))

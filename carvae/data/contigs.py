@@ -43,6 +43,8 @@ CLEARLY = 5
 CHANCE = 0.05
 """Share of the barcodes (or of the cells, where they are fewer) below which what is met is met by chance: of 10x's
 737,000 barcodes two unrelated samples of some thousand cells have a few in common."""
+PARTED = {",": "commas", ";": "semicolons", "\t": "tabs"}
+"""What parts columns; a spreadsheet may have saved a file with another."""
 _BARCODE = re.compile(r"(?<![A-Za-z])([ACGTN]{12,})(?:-(\d+))?(?![A-Za-z])")
 
 
@@ -184,6 +186,8 @@ def _check_columns(path: Path, sep: str, needed: Sequence[str]) -> None:
         if any(line.rstrip(b"\r\n").count(b"\r") for line in file):  # they take pandas' parser all memory
             raise ReadError(f"{path} ends lines by single carriage returns; save it with newlines")
     columns = pd.read_csv(path, sep=sep, nrows=0).columns
+    if len(columns) == 1 and (other := next((name for mark, name in PARTED.items() if mark in columns[0]), "")):
+        raise ReadError(f"{path} parts its columns by {other}, not by {PARTED[sep]}; give the file as it was exported")
     if missing := [column for column in needed if column not in columns]:
         raise ReadError(
             f"{path} lacks the columns {', '.join(missing)}; it has {', '.join(map(str, columns[:8]))}: is it really "
