@@ -111,7 +111,7 @@ def cells_of(sources: Sequence[CountsSource], predict: PredictConfig) -> pd.Data
     Raises
     ------
     SchemaError
-        A patient has several outcomes, a sample is of several patients, or the sheet cannot be used.
+        A patient has several outcomes, a sample is of several patients or products, or the sheet cannot be used.
     """
     parts, unnamed = [], []
     for source in sources:
@@ -131,9 +131,10 @@ def cells_of(sources: Sequence[CountsSource], predict: PredictConfig) -> pd.Data
         obs["patient"] = obs["patient"].fillna(obs["sample"])
     elif unnamed:
         log.info("%s names no patient: every sample is taken for one (predict.sheet says who it is)", unnamed[0])
-    several = obs.groupby("sample")["patient"].nunique()
-    if (several > 1).any():
-        raise SchemaError(f"sample {several.idxmax()!r} has cells of {several.max()} patients; name samples by patient")
+    for name in ("patient", "product"):
+        several = obs.groupby("sample")[name].nunique()
+        if (several > 1).any():
+            raise SchemaError(f"sample {several.idxmax()!r} has cells of {several.max()} {name}s; name samples by {name}")
     return obs
 
 

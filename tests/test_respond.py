@@ -151,6 +151,15 @@ def test_contradictory_outcomes_are_one_sentence_and_nothing_is_written(cohort: 
     assert not (tmp_path / "out.csv").exists()
 
 
+def test_a_sample_of_two_products_is_refused(cohort: Cohort, tmp_path: Path) -> None:
+    query = cohort.query.copy()
+    query.obs["product"] = np.where(np.arange(query.n_obs) % 2, "axi-cel", "tisa-cel")
+    answer = respond(query, cohort.folder, tmp_path)
+    assert answer.code == 1
+    assert "has cells of 2 products; name samples by product" in answer.err
+    assert not (tmp_path / "out.csv").exists()
+
+
 def sheet_of(query: ad.AnnData, path: Path) -> pd.DataFrame:
     """A table of samples, written as a spreadsheet does: two samples a patient, of whom the query says nothing."""
     names = sorted(query.obs["library_id"].astype(str).unique())
