@@ -134,7 +134,8 @@ def cells_of(sources: Sequence[CountsSource], predict: PredictConfig) -> pd.Data
     for name in ("patient", "product"):
         several = obs.groupby("sample")[name].nunique()
         if (several > 1).any():
-            raise SchemaError(f"sample {several.idxmax()!r} has cells of {several.max()} {name}s; name samples by {name}")
+            which, n = several.idxmax(), several.max()
+            raise SchemaError(f"sample {which!r} has cells of {n} {name}s; name samples by {name}")
     return obs
 
 

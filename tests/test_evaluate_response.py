@@ -172,6 +172,7 @@ def test_what_has_more_than_two_levels_has_no_auroc(tmp_path: Path) -> None:
     card = (tmp_path / "out" / "card.md").read_text()
     assert "| method | concordance within study |" in card
     assert "AUROC" not in card
+    assert list(pd.read_csv(tmp_path / "out" / "table.csv").columns[:3]) == ["design", "method", "concordance"]
 
 
 @pytest.mark.parametrize(
@@ -252,3 +253,5 @@ def test_two_known_figures_come_out_as_known_and_inconclusive(
     assert metrics["headline"]["p"] == pytest.approx(p, abs=0.03)
     assert metrics["headline"]["verdict"] == INCONCLUSIVE
     assert metrics["headline"]["auroc"]["low"] < 0.5 < metrics["headline"]["auroc"]["high"]
+    if not metrics["confounding"]:
+        assert "What else predicts" not in (tmp_path / "out" / "card.md").read_text()

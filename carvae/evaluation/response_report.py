@@ -146,7 +146,7 @@ def table_of(metrics: dict[str, Any]) -> pd.DataFrame:
             if "calibration" in values:
                 row |= {"brier": values["calibration"]["brier"], "slope": values["calibration"]["slope"]}
             rows.append(row)
-    return pd.DataFrame(rows).rename(columns={"value": "auroc"})
+    return pd.DataFrame(rows).rename(columns={"value": figure_of(metrics).casefold()})
 
 
 def summary(metrics: dict[str, Any]) -> str:
@@ -218,8 +218,9 @@ def card_of(metrics: dict[str, Any], drawn: dict[str, str]) -> str:
             lines.append(f"| {name} | {_figure(values['auroc'])} | {_figure(other, '+') if other else ''} |")
         beaten = [n for n, d in found["differences"].items() if d["low"] is not None and d["low"] > 0]
         lines += ["", f"Beaten, with an interval of the difference above 0: {', '.join(beaten) or 'none'}.", ""]
-    lines += ["## What else predicts", "", f"| alone | {figure_of(metrics)} | p |", "|---|---|---|"]
-    lines += [f"| {row['what']} | {row['auroc']:.2f} | {row['p']:.2g} |" for row in metrics["confounding"]]
+    if metrics["confounding"]:
+        lines += ["## What else predicts", "", f"| alone | {figure_of(metrics)} | p |", "|---|---|---|"]
+        lines += [f"| {row['what']} | {row['auroc']:.2f} | {row['p']:.2g} |" for row in metrics["confounding"]]
     lines += ["", *(f"- suspicious: {d['what']} {d['why']}" for d in metrics["suspicions"]), ""]
     lines += [f"![{shows}]({file})" for file, shows in drawn.items()]
     return "\n".join(lines) + "\n"
