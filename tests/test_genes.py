@@ -326,6 +326,7 @@ def test_two_species_side_by_side_are_counted(table: GeneTable) -> None:
     assert count("Cd3e", "Cd8a") == 0  # of one species alone there is nothing to be told
     assert count(*human, "Cd3e", "ENSMUSG00000000001") == 2
     assert count(*human, "Cd3e") == 0  # a tenth is few
+    assert count("CD4", *["Cd3e", "Cd8a", "Lag3", "Tox", "Sell", "Gzmb", "Ccr7", "Il7r", "Tcf7"]) == 0  # so here
     assert count(*human, "Foo", "Bar", "Baz") == 0  # no mouse genes by their look alone
 
 
@@ -361,6 +362,8 @@ def test_a_panel_that_repeats_a_gene_is_refused(table: GeneTable) -> None:
         (["Gene1", "Gene2", "Gene_3"], False),
         (["ENSG00000198851"], False),
         ([], False),
+        (["Cd3e", "Trac", "Lag3", "CD4", "TOX", "SELL"], False),  # as many as not is no majority
+        (["Cd3e", "Trac", "Lag3", "Tox", "CD4", "SELL"], True),
     ],
 )
 def test_looks_like_mouse(names: list[str], mouse: bool) -> None:

@@ -34,7 +34,7 @@ from carvae.response.methods import (
     ridge_logistic,
 )
 from carvae.response.pairs import Outcomes, Tally, difference, interval, p_value, weights
-from carvae.response.splits import Fold, by_patient, by_study, check_apart, checked, inner
+from carvae.response.splits import Fold, by_patient, by_study, check_apart, checked, classes, inner
 
 SEED = 5
 
@@ -159,6 +159,16 @@ def test_folds_hold_out_every_patient_once_and_whole() -> None:
     studies = by_study(patients, patients.known)
     assert [fold.name for fold in studies] == ["s0", "s1", "s2"]
     assert all(set(patients.study_R[f.held]) == {f.name} for f in studies)
+
+
+def test_times_are_split_by_whether_an_event_was_seen() -> None:
+    patients = patients_of(40, n_studies=2)
+    event = np.arange(40) % 10 == 0  # four, none in the study of odd ones
+    timed = replace(patients, outcome_R=np.arange(40) + 0.5, event_R=event)
+    assert classes(timed, timed.known) == {0.0: 36, 1.0: 4}
+    assert by_study(timed, timed.known) == []  # events in one study alone
+    folds = by_patient(timed, timed.known, 4, np.random.default_rng(0))
+    assert [int(event[fold.held].sum()) for fold in folds] == [1, 1, 1, 1]
 
 
 def test_a_study_with_one_outcome_is_learned_from_and_not_asked() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from carvae.data.patients import Patients, Rows
 from carvae.errors import LeakError
@@ -27,10 +28,13 @@ class Fold:
 
 def classes(patients: Patients, rows: Rows) -> dict[float, int]:
     """Class -> number of patients: levels of an outcome, or whether an event was seen."""
-    first = {patients.patient_R[row]: row for row in rows}
-    mark = patients.outcome_R if patients.event_R is None else patients.event_R.astype(float)
+    first, mark = {patients.patient_R[row]: row for row in rows}, _class_R(patients)
     values, n = np.unique([mark[row] for row in first.values()], return_counts=True)
     return {float(v): int(k) for v, k in zip(values, n, strict=True)}
+
+
+def _class_R(patients: Patients) -> NDArray[np.float64]:
+    return patients.outcome_R if patients.event_R is None else patients.event_R.astype(float)
 
 
 def by_study(patients: Patients, rows: Rows) -> list[Fold]:
@@ -47,7 +51,7 @@ def by_study(patients: Patients, rows: Rows) -> list[Fold]:
 def by_patient(patients: Patients, rows: Rows, n_folds: int, rng: np.random.Generator) -> list[Fold]:
     """Groups of patients held out in turn, like in study and class; at most as many as the rarest class has."""
     n_folds = max(TWO, min(n_folds, *classes(patients, rows).values()))
-    mark = patients.outcome_R if patients.event_R is None else patients.event_R.astype(float)
+    mark = _class_R(patients)
     first = {patients.patient_R[row]: row for row in rows}
     names = np.array(sorted(first), dtype=object)
     where = np.array([first[name] for name in names], np.int64)
@@ -77,13 +81,12 @@ def checked(fold: Fold, patients: Patients) -> Fold:
 
 
 def check_apart(folds: Sequence[Fold], patients: Patients) -> None:
-    """Raise LeakError where a row, patient, cell or clone is on both sides of any of the folds.
+    """Raise LeakError where a patient, cell or clone is on both sides of any of the folds.
 
     Cells are compared by their coordinates; patients without outcomes are not asked and not compared.
     """
     for fold in folds:
         checked(fold, patients)
-        _refuse(fold, "row", set(fold.train.tolist()) & set(fold.held.tolist()))
         for space, bags in patients.bags.items():
             a, b = ({c.tobytes() for row in rows for c in bags[row]} for rows in (fold.train, fold.held))
             _refuse(fold, f"cell in {space!r}", a & b)
