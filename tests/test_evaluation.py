@@ -24,6 +24,7 @@ from carvae.evaluation.baselines import GeneScaler, gene_logistic, majority, pca
 from carvae.evaluation.cells import WHOLE, Cells, Point, Source, thinned
 from carvae.evaluation.confounding import identifiability, nesting
 from carvae.evaluation.folds import Fold, checked, folds_of
+from carvae.evaluation.results import label_figures
 from carvae.evaluation.scores import (
     FIGURES,
     Pooled,
@@ -152,6 +153,18 @@ def test_held_out_states_are_gone_from_training_and_there_in_the_query() -> None
         assert (cells.truth_N[fold.train] != code).all()
         assert (cells.truth_N[fold.query] == code).sum() >= 5
         assert (cells.truth_N[fold.query] >= 0).all()
+
+
+def test_the_study_that_is_labelled_worst_stands_first() -> None:
+    cells = cells_of([0, 1] * 30, [f"P{i // 10}" for i in range(60)], ["a"] * 20 + ["b"] * 20 + ["c"] * 20)
+    wrong_N = np.isin(np.arange(60), [*range(20, 34), 40, 41])  # most of study b, two cells of study c
+    said_NS = np.eye(len(LEAVES), dtype=np.float32)[np.where(wrong_N, 1 - cells.truth_N, cells.truth_N)]
+    rest = (np.zeros(60, np.float32), None, None, None, None, None, None, None, {}, 0.0)
+    allowed = identifiability(cells, ())
+    found = label_figures({"carvae": {0: [Answer(np.arange(60), said_NS, *rest)]}}, cells, allowed, Config())
+    per_study = found["methods"]["carvae"]["per_study"]
+    assert list(per_study) == ["b", "c", "a"]
+    assert [round(study["accuracy"], 2) for study in per_study.values()] == [0.3, 0.9, 1.0]
 
 
 def test_reference_trains_on_the_named_studies_alone() -> None:
