@@ -5,16 +5,28 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import anndata as ad
 import numpy as np
 import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+from small import Says
 from trained import World, carvae, write_config
 
+from carvae.config import Config
+from carvae.data.loader import MinibatchLoader
+from carvae.data.simulate import STUDIES, SimulationSettings, simulate_studies, write_studies
+from carvae.data.split import PatientSplit
+from carvae.data.store import CellStore
+from carvae.demo import programmes
+from carvae.ingest import run as ingest
 from carvae.ingest import store_path
+from carvae.model.cohort import Cohort
+from carvae.train import fit
 
 EACH = 25
 PLANTED = {
@@ -154,3 +166,28 @@ def test_messages_name_no_one_but_the_files_that_were_given_and_samples_with_a_v
     for verb, text in leaving.said.items():
         kinds = [kind for kind in PLANTED if kind != "path" and (verb, kind) != ("annotate", "record")]
         assert found(text.encode(), tuple(kinds)) == [], verb
+
+
+@pytest.mark.case("E04")
+def test_the_reconstruction_loss_does_not_tell_the_cells_that_were_trained_on(tmp_path: Path, says: Says) -> None:
+    """Cells of the same patients, half of them trained on: a loss without overfitting tells neither half."""
+    design = replace(STUDIES[0], n_patients=6, days=(0,))
+    studies = simulate_studies(np.random.default_rng(1), programmes(), SimulationSettings((design,), n_cells=2000))
+    write_studies(studies, tmp_path)
+    obs = {"patient": "donor_id", "sample": "sample_id"}
+    study = {"path": str(tmp_path / f"{design.name}.h5ad"), "obs": obs, "label": "cell_type"}
+    ingested = {"n_top_genes": 500, "studies": {design.name: study}}
+    config = Config.parse(
+        {"output": str(tmp_path / "m"), "ingest": ingested, "train": {"wandb": "disabled", "accelerator": "cpu"}}
+    )
+    cohort = Cohort.assemble(CellStore(ingest(config)), config)
+    everyone = np.arange(len(cohort.obs))
+    taught = np.sort(np.random.default_rng(0).permutation(everyone)[:1000])
+    vae = fit(cohort, PatientSplit(taught, taught[:0], ()), config, tmp_path / "fit").network.vae
+    (cells,) = MinibatchLoader(cohort.data(taught, config), everyone, everyone.size)
+    with torch.no_grad():
+        posterior = vae.encoder(cells.counts)
+        loss_N = vae.elbo(cells.counts, posterior, posterior.mean_NK, cells.covariate_NC).reconstruction_N.numpy()
+    auroc = roc_auc_score(np.isin(everyone, taught), -loss_N)
+    assert auroc < 0.55
+    says(f"1,000 training cells beside 1,000 others: AUROC {auroc:.3f}; with 300 of each 0.588")
