@@ -269,7 +269,9 @@ def test_the_posterior_and_the_loss_are_float32_under_autocast() -> None:
     assert posterior.mean_NK.dtype == posterior.variance_NK.dtype == torch.float32
     assert elbo.reconstruction_N.dtype == elbo.kl_N.dtype == torch.float32
     exact = vae.elbo(counts, vae.encoder(counts), posterior.mean_NK, codes(6, COVARIATES))
-    torch.testing.assert_close(elbo.kl_N, exact.kl_N, rtol=0.1, atol=0.5)
+    assert torch.equal(elbo.kl_N, exact.kl_N)  # small products are float32 on a CPU
+    assert not torch.equal(elbo.reconstruction_N, exact.reconstruction_N)
+    torch.testing.assert_close(elbo.reconstruction_N, exact.reconstruction_N, rtol=0.02, atol=0.5)
 
 
 def test_dropout_is_for_training_alone() -> None:

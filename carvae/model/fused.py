@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -41,6 +42,11 @@ def available(tensor: Tensor) -> bool:
 def _can_triton() -> bool:
     """Whether Triton is here with what it needs: on its first call it compiles a small C file."""
     return find_spec("triton") is not None and has_compiler()
+
+
+def small_products(near: Tensor) -> AbstractContextManager[object]:
+    """Without autocast on a CPU, where casting what a small product is made of takes longer than it saves."""
+    return torch.autocast("cpu", enabled=False) if near.device.type == "cpu" else nullcontext()
 
 
 def has_compiler() -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from carvae.config import ModelConfig
 from carvae.data.sparse import CountsCSR
 from carvae.model.completion import Completion, log_normalised
-from carvae.model.fused import sparse_product
+from carvae.model.fused import small_products, sparse_product
 
 EVEN_AT = 0.45
 """Both views weigh the same in a cell with this share of the counts of the median labelled training cell."""
@@ -88,7 +88,8 @@ class StateHead(nn.Module):
 
     def latent_logits(self, z_NK: Tensor) -> dict[str, Tensor]:
         """What its softmax is taken of, [N, S] for every axis; their size tells a cell that fits no state."""
-        return {name: classifier(z_NK).float() for name, classifier in zip(self.names, self.axes, strict=True)}
+        with small_products(z_NK):
+            return {name: classifier(z_NK).float() for name, classifier in zip(self.names, self.axes, strict=True)}
 
 
 class _PartsClassifier(nn.Module):

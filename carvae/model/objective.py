@@ -29,6 +29,7 @@ from carvae.model import processes
 from carvae.model.alignment import state_gap
 from carvae.model.cohort import Cohort
 from carvae.model.cuda_graph import GraphedStep
+from carvae.model.fused import small_products
 from carvae.model.heads import label_loss
 from carvae.model.metrics import AxisScores, score_axis
 from carvae.model.network import Network
@@ -231,7 +232,8 @@ class Objective(lightning.LightningModule):
         loss, parts, _ = self._loss(batch, self.thin, self.get_buffer("kl_weight"))
         for parameter in self.parameters():
             parameter.grad = None
-        self.manual_backward(loss)
+        with small_products(loss):
+            self.manual_backward(loss)
         optimizer.step()
         return parts | {"train_loss": loss}
 

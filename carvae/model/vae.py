@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from carvae.config import ModelConfig
 from carvae.data.sparse import CountsCSR
-from carvae.model.fused import Target, sparse_product
+from carvae.model.fused import Target, small_products, sparse_product
 from carvae.model.likelihood import reconstruction
 
 VARIANCE_EPS = 1e-4
@@ -92,7 +92,8 @@ class Encoder(nn.Module):
 
     def forward(self, counts: CountsCSR) -> Posterior:
         """Posterior of each cell."""
-        return self.posterior(self.hidden(counts))
+        with small_products(self.first.bias_H):
+            return self.posterior(self.hidden(counts))
 
     def hidden(self, counts: CountsCSR) -> Tensor:
         """Last hidden layer [N, H]."""
@@ -139,12 +140,13 @@ class Decoder(nn.Module):
 
         ``rows`` are used in place of the tables; the first of each are the trained ones.
         """
-        hidden_NH = self.first(z_NK)
-        for c, (name, rows_CH) in enumerate((self.rows() if rows is None else rows).items()):
-            hidden_NH = hidden_NH + _rows(rows_CH, covariate_NC[:, c], self.n_trained[name])
-        hidden_NH = functional.layer_norm(hidden_NH, hidden_NH.shape[1:]).relu()
-        for layer in self.layers:
-            hidden_NH = functional.layer_norm(layer(hidden_NH), hidden_NH.shape[1:]).relu()
+        with small_products(z_NK):
+            hidden_NH = self.first(z_NK)
+            for c, (name, rows_CH) in enumerate((self.rows() if rows is None else rows).items()):
+                hidden_NH = hidden_NH + _rows(rows_CH, covariate_NC[:, c], self.n_trained[name])
+            hidden_NH = functional.layer_norm(hidden_NH, hidden_NH.shape[1:]).relu()
+            for layer in self.layers:
+                hidden_NH = functional.layer_norm(layer(hidden_NH), hidden_NH.shape[1:]).relu()
         return hidden_NH
 
     def rows(self) -> dict[str, Tensor]:
