@@ -156,6 +156,7 @@ def edited_hdf5(image: bytes, choices: Choices) -> bytes:
         return bytes(file.id.get_file_image())
 
 
+MOST_VALUES = 10**6
 ATTRIBUTES = ("encoding-type", "encoding-version", "shape", "_index", "column-order", "ordered", "odd")
 
 
@@ -189,6 +190,8 @@ def _edit_values(file: Any, name: str, kind: int, arrays: list[Any], choices: Ch
         at = choices.number(2) % max(node.shape[0], 1)
         node[at] = choices.pick((-1, 0, 1, 29, 30, 2**31, 0.5, np.nan, np.inf, b"", "x"))
     elif kind == 8:
+        if node.size > MOST_VALUES:
+            raise ValueError("an earlier edit made it too large to be read here")
         values = np.asarray(node)
         del file[name]
         file[name] = choices.pick((values[:-1], values[1:], values[:0], np.append(values, values), values[None]))
