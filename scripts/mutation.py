@@ -29,7 +29,7 @@ FILES = {
     "carvae/data/split.py": ("tests/test_split.py",),
     "carvae/response/splits.py": ("tests/test_response.py",),
     "carvae/model/calibration.py": ("tests/test_calibration.py",),
-    "carvae/model/bundle.py": ("tests/test_bundle.py",),
+    "carvae/model/bundle.py": ("tests/test_bundle.py", "tests/test_kept_bundles.py"),
 }
 """File -> the tests that are to notice."""
 COPIED = ("carvae", "configs", "tests", "scripts", "docs", "pyproject.toml", "README.md", "CHANGELOG.md")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import GENES, config_of, counts_of, obs_of, tiny_bundle, write_store
 
+from carvae.config import ModelConfig
 from carvae.data.split import PatientSplit
 from carvae.errors import BundleError, GeneError
 from carvae.labels.tree import LabelTree
 from carvae.model import bundle as module
-from carvae.model.bundle import Bundle, leaf_parts, load
+from carvae.model.bundle import Bundle, leaf_parts, libraries, load
 from carvae.model.bundle_files import FILES, NO_HASH, check_place
 from carvae.model.card import write_card
 from carvae.model.cohort import Cohort
 from carvae.model.held_out import held_out_metrics
 from carvae.model.network import Network
+from carvae.model.responder import Linear, Recalibration, Responder
 
 TWO_AXES = LabelTree.from_dict(
     {
@@ -127,6 +130,65 @@ def test_a_cell_does_not_depend_on_its_company(saved: Path) -> None:
     whole = found.get_latent_representation(QUERY)
     alone = np.concatenate([found.get_latent_representation(QUERY[i : i + 1].copy()) for i in range(9)])
     assert whole == pytest.approx(alone, abs=1e-6)
+
+
+def test_ensembl_ids_are_as_good_as_symbols() -> None:
+    genes = ("CD3E", "CD8A", "LAG3", "TOX")
+    bundle, counts = tiny_bundle(TWO_AXES, genes), counts_of(5, len(genes))
+    ids = ["ENSG00000198851", "ENSG00000153563", "ENSG00000089692", "ENSG00000198846"]
+    by_id = ad.AnnData(counts, var=pd.DataFrame({"gene_ids": ids}, index=["a", "b", "c", "d"]))
+    by_symbol = ad.AnnData(counts, var=pd.DataFrame(index=list(genes)))
+    assert np.array_equal(bundle.get_latent_representation(by_id), bundle.get_latent_representation(by_symbol))
+
+
+def test_names_that_mapping_added_are_found_by_their_digest_alone(tmp_path: Path) -> None:
+    made = tiny_bundle(TWO_AXES)
+    assert made.digest("sample", "new A") == "e44e026c35d671a1fe9c13b677649d8a"  # as in bundles that were given away
+    rows_AH = torch.arange(8.0).reshape(2, 4)
+    made.network.vae.decoder.add_rows({"sample": rows_AH})
+    made.mapped = {"sample": (made.digest("sample", "new A"), made.digest("sample", "7"))}
+    found = load(made.save(tmp_path / "model"))
+    assert (found.mapped, found.n_rows) == (made.mapped, {"sample": 5})
+    assert torch.equal(found.network.vae.decoder.rows()["sample"][3:], rows_AH)
+    rows = found.rows_of("sample", ["7", 7, "of training", "new A"])
+    assert (rows.tolist(), rows.dtype) == ([4, 4, -1, 3], np.int64)
+    assert tiny_bundle(None).rows_of("sample", ["7", "new A"]).tolist() == [-1, -1]
+    with pytest.raises(BundleError, match="no covariate 'assay'; it has none"):
+        tiny_bundle(None, n_categories={}).rows_of("assay", ["x"])
+
+
+def test_what_predicts_outcomes_is_saved_with_the_rest(tmp_path: Path) -> None:
+    made, part = tiny_bundle(TWO_AXES), np.array([1.0, 2.0])
+    linear = Linear(("n_cells", "fraction TEM"), part, part, part, part[None], np.array([0.5]), "binary")
+    about = ("pca", linear, (linear, linear), ("NR", "CR"), "binary", ("d1",), 20, 2)
+    made.responder = Responder(*about, Recalibration(0.5, 0.1), {"pca": 0.6})
+    found = load(made.save(tmp_path / "model")).responder
+    assert found is not None
+    assert found.describe() == made.responder.describe()
+    assert {k: v.tolist() for k, v in found.tensors().items()} == {
+        k: v.tolist() for k, v in made.responder.tensors().items()
+    }
+    assert len(found.refits) == 2
+
+
+def test_what_is_no_number_in_json_is_never_written(tmp_path: Path) -> None:
+    made = tiny_bundle(None)
+    made.metrics = {"accuracy": float("nan")}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        made.save(tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_versions_of_the_libraries_are_those_that_are_installed() -> None:
+    assert libraries() == {name: version(name) for name in ("torch", "scvi-tools", "anndata", "lightning", "numpy")}
+
+
+def test_a_part_that_one_leaf_alone_has_weighs_what_sharing_leaves_it() -> None:
+    tree = LabelTree.flat([f"{lineage} {state}" for lineage in ("CD4", "CD8") for state in ("CTL", "TEM")])
+    (parts_SF,) = leaf_parts(tree, ModelConfig(label_sharing=0.75)).values()
+    assert torch.equal(parts_SF[:, -4:], 0.25 * torch.eye(4))
+    assert set(parts_SF[:, :-4].unique().tolist()) == {0.0, 1.0}
+    assert leaf_parts(None, ModelConfig()) == {}
 
 
 def test_a_model_without_labels_or_axis_says_so(tmp_path: Path) -> None:
