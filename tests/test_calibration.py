@@ -105,6 +105,16 @@ def test_networks_that_had_fewer_cells_do_not_make_the_final_one_less_sure() -> 
     assert sizes[0] < sizes[1]
 
 
+def test_confidence_is_how_often_the_likeliest_leaf_is_right_though_the_others_are_wrongly_weighed() -> None:
+    # the second leaf is the true one wherever the first is not, which no temperature can say: by the likelihood of the
+    # true leaf one that silences the others would be best, under which the first leaf has 0.71 and is right in 0.6
+    n, right = 10_000, 0.6
+    log_p = np.tile(log_softmax(np.array([[2.0, 1.5, 0.0, 0.0]]), axis=1), (n, 1))
+    truth = (np.random.default_rng(0).random(n) > right).astype(int)
+    said = fit(log_p, truth).probability(log_p, np.zeros(n, np.int64))
+    assert said[:, 0].mean() == pytest.approx((truth == 0).mean(), abs=0.01)
+
+
 def test_what_patients_have_in_common_is_the_regression_with_weak_priors() -> None:
     # the same by least squares: a row for each patient, as sure as its cells are many, and a row for each prior
     shortage, cells = np.array([0.0, 0.3, 0.9]), np.array([300, 2000, 700])

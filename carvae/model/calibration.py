@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
-from scipy.special import log_softmax
+from scipy.special import log_softmax, softmax
 
 Floats = NDArray[np.float32]
 
@@ -35,6 +35,8 @@ PATIENT_CELLS = 1000
 """Cells (each is seen several times) with which a patient counts half as much as one with very many."""
 SLOPE_PENALTY = 1e-3
 """Weight of the squared slopes, which without it would be free where cells do not differ in depth or overlap."""
+LEAST_DOUBT = 1e-6
+"""Probabilities nearer 0 or 1 count as this near."""
 PATIENT_SD = 0.25
 """How much patients differ in the logarithm of their temperature, beside what `Temperatures` explains."""
 COMMON_SD, SHORTAGE_SD = 1.0, 2.0
@@ -106,7 +108,11 @@ class Temperatures:
 
     @classmethod
     def fit(cls, seen: Seen) -> Temperatures:
-        """With the best likelihood of the true leaves (Guo et al. 2017, arXiv:1706.04599).
+        """With which the likeliest leaf is right as often as its probability says.
+
+        A temperature divides log probabilities (Guo et al. 2017, arXiv:1706.04599); its loss is that of the likeliest
+        leaf being right or not (top-label calibration, Gupta and Ramdas 2022, arXiv:2107.08353). By the likelihood of
+        the true leaf, which counts also how wrong the other leaves are, shallow cells stay too sure.
 
         First each patient has a temperature of its own beside the common slopes of the conditions: what one large or
         deep patient has by itself is neither taken for the rule nor for an effect of depth. The slopes are learned
@@ -136,6 +142,8 @@ def _by_patient(seen: Seen) -> tuple[NDArray[np.float64], NDArray[np.float64], N
     n_P = np.bincount(code_N)
     part_P = n_P / (n_P + PATIENT_CELLS)
     weight_N, rows = (part_P / part_P.sum() / n_P)[code_N], np.arange(seen.truth_N.size)
+    best_N = seen.log_probability_NS.argmax(1)
+    right_N = (best_N == seen.truth_N).astype(np.float64)
     condition_NX = seen.condition_NX()
     centre_X = condition_NX.mean(0)
     centred_NX = condition_NX - centre_X
@@ -143,9 +151,12 @@ def _by_patient(seen: Seen) -> tuple[NDArray[np.float64], NDArray[np.float64], N
     def loss(values: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         own_P, slope_X = values[: patients.size], values[patients.size :]
         scaled_NS = seen.log_probability_NS * np.exp(-(own_P[code_N] + centred_NX @ slope_X))[:, None]
-        log_NS = log_softmax(scaled_NS, axis=1)
-        gradient_N = weight_N * (scaled_NS[rows, seen.truth_N] - (np.exp(log_NS) * scaled_NS).sum(1))
-        total = -float(weight_N @ log_NS[rows, seen.truth_N]) + SLOPE_PENALTY * float(slope_X @ slope_X)
+        p_NS = softmax(scaled_NS, axis=1)
+        p_N = p_NS[rows, best_N].clip(LEAST_DOUBT, 1 - LEAST_DOUBT)
+        steep_N = p_N * ((p_NS * scaled_NS).sum(1) - scaled_NS[rows, best_N])  # of p_N, per log temperature
+        gradient_N = -weight_N * (right_N / p_N - (1 - right_N) / (1 - p_N)) * steep_N
+        loss_N = right_N * np.log(p_N) + (1 - right_N) * np.log1p(-p_N)
+        total = -float(weight_N @ loss_N) + SLOPE_PENALTY * float(slope_X @ slope_X)
         of_slopes = gradient_N @ centred_NX + 2 * SLOPE_PENALTY * slope_X
         return total, np.concatenate([np.bincount(code_N, gradient_N, minlength=patients.size), of_slopes])
 
