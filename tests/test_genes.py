@@ -330,6 +330,16 @@ def test_two_species_side_by_side_are_counted(table: GeneTable) -> None:
     assert count(*human, "Foo", "Bar", "Baz") == 0  # no mouse genes by their look alone
 
 
+def test_ids_that_were_moved_against_the_names_are_refused(table: GeneTable) -> None:
+    ids = ["ENSG00000198851", "ENSG00000153563", "ENSG00000089692", "ENSG00000198846"]
+    names = ["CD3E", "CD8A", "LAG3", "TOX"]
+    assert align(table.resolve(names, ids), names).receipt.matched == 4
+    with pytest.raises(GeneError, match=r"4 of 4 genes .* such as 'CD3E' with the id of CD8A; names and ids were not"):
+        align(table.resolve(names, ids[1:] + ids[:1]), names)
+    many = sorted(table.symbols)[:100]  # a few symbols that were given anew are no reason
+    assert align(table.resolve([*names[:2], *many], [ids[0], ids[2], *[""] * 100]), names).receipt.matched == 2
+
+
 def test_a_matrix_of_the_panels_own_columns_is_handed_back(table: GeneTable) -> None:
     counts = sparse.csr_matrix(np.arange(6).reshape(2, 3))
     assert align(table.resolve(["CD3E", "CD8A", "LAG3"], None), ["CD3E", "CD8A", "LAG3"]).apply(counts) is counts

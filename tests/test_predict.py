@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 from anndata import AnnData
-from trained import World, sha256
+from trained import World, carvae, sha256
 
 from carvae.config import PredictConfig, label_file
 from carvae.data.counts import Checked
@@ -144,6 +144,23 @@ def test_results_of_an_earlier_run_are_replaced_and_nothing_else(world: World, b
     np.testing.assert_array_equal(once.obsm["X_carvae"], twice.obsm["X_carvae"])
     assert "carvae_score_long_gone" in mine.obs  # the caller's own object is as it was
     assert list(embed(once, bundle).obs) == list(once.obs)
+
+
+@pytest.mark.parametrize("mine", ["text", {"columns": 3}, np.arange(3)])
+def test_something_else_of_the_users_by_the_name_of_the_results_does_no_harm(
+    world: World, bundle: Bundle, tmp_path: Path, mine: object
+) -> None:
+    query = world.query[:40].copy()
+    query.uns["carvae"] = mine
+    assert annotate(query, bundle).uns["carvae"]["bundle_id"] == bundle.bundle_id
+    assert query.uns["carvae"] is mine
+    query.write_h5ad(tmp_path / "q.h5ad")
+    answer = carvae("annotate", tmp_path / "q.h5ad", "--model", world.bundle, "--out", tmp_path / "A.h5ad")
+    assert answer.code == 0, answer.err
+    assert ad.read_h5ad(tmp_path / "A.h5ad").uns["carvae"]["bundle_id"] == bundle.bundle_id
+    answer = carvae("report", tmp_path / "q.h5ad", "--out", tmp_path / "q.html")
+    assert answer.code == 1
+    assert "q.h5ad holds no labels of carvae; run `carvae annotate" in answer.err
 
 
 def test_a_backed_query_is_answered_and_its_file_is_not_written(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from carvae.data.schema import REQUIRED, Harmonised, check_studies, harmonise, inspect_obs, query_samples
+from carvae.data.schema import REQUIRED, Harmonised, check_studies, harmonise, inspect_obs, query_obs, query_samples
 from carvae.errors import SchemaError
 
 
@@ -158,3 +158,14 @@ def test_any_patient_column_is_either_complete_or_refused(values: list[object]) 
     found = inspect_obs(obs, "A", {}, {})
     missing = int(found.obs["patient"].isna().sum()) if "patient" in found.obs else len(values)
     assert sum(problem.count for problem in found.problems) == missing
+
+
+def test_cells_without_a_sample_and_names_with_other_spaces_are_told() -> None:
+    obs = pd.DataFrame({"sample": ["a", " a", np.nan, "b"], "patient": ["p", "p", "p", "q "]}, index=list("wxyz"))
+    table, notes = query_obs(obs, "q", {})
+    assert table["sample"].tolist() == ["a", "a", "unknown sample", "b"]
+    assert any(
+        "obs['sample'] writes 'a' with other spaces around it too, which is taken as one sample" in n for n in notes
+    )
+    assert any("1 cells have no sample; together they are taken as 'unknown sample'" in note for note in notes)
+    assert not any("patient" in note for note in notes)

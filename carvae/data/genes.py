@@ -40,6 +40,8 @@ MIN_OVERLAP = 0.05
 MIN_OVERLAP_MOUSE = 0.5
 """The same for names that look like mouse genes."""
 
+MOVED = 0.05
+"""Share of genes with another gene's id from which on it is no matter of a symbol that was given anew."""
 MANY_OF_A_SPECIES = 0.1
 """Share of the genes from which on a second species is no accident of names."""
 
@@ -157,6 +159,7 @@ def align(resolved: ResolvedGenes, panel: Names) -> GeneAlignment:
         duplicated=[panel[number] for number in np.flatnonzero(times > 1).tolist()],
         overlap=matched / max(len(panel), 1),
     )
+    _refuse_moved_ids(resolved)
     _check_overlap(resolved, receipt, len(rows))
     return GeneAlignment(column=column, present=present, receipt=receipt)
 
@@ -187,6 +190,19 @@ def _renamed(resolved: ResolvedGenes, row: int) -> bool:
     """Whether a column's gene bears another name in the study; an Ensembl id is no name."""
     name: str = resolved.names[row]
     return name != resolved.symbols[row] and not name.startswith("ENSG")
+
+
+def _refuse_moved_ids(resolved: ResolvedGenes) -> None:
+    """Raise GeneError where many names are symbols of other genes than their ids, as after one column was sorted."""
+    human = GeneTable.default().symbols
+    named = [(n, s) for n, s in zip(resolved.names, resolved.symbols, strict=True) if n in human and s in human]
+    other = [(name, symbol) for name, symbol in named if name != symbol]
+    if len(other) > MOVED * len(named):
+        name, symbol = other[0]
+        raise GeneError(
+            f"{len(other):,} of {len(named):,} genes bear the name of one gene and the Ensembl id of another, such as "
+            f"{name!r} with the id of {symbol}; names and ids were not moved together, take both from the original file"
+        )
 
 
 def _check_overlap(resolved: ResolvedGenes, receipt: GeneReceipt, n_used: int) -> None:

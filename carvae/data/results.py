@@ -76,7 +76,7 @@ class ResultsWriter(Protocol):
 
 def add_results(adata: AnnData, results: CellResults, late: pd.DataFrame, uns: dict[str, Any]) -> None:
     """Put results into an AnnData; what an earlier run wrote is replaced, nothing else is touched."""
-    gone = _replaced(results, adata.uns.get("carvae", {})) | set(late)
+    gone = _replaced(results, _columns(adata.uns.get("carvae"))) | set(late)
     kept = adata.obs.drop(columns=[column for column in adata.obs if column in gone])
     adata.obs = pd.concat([kept, results.obs.set_axis(kept.index), late.set_axis(kept.index)], axis=1)
     adata.obsm.update(results.obsm())
@@ -170,19 +170,24 @@ def _stem(out: Path) -> str:
 def earlier_columns(query: Path | AnnData) -> set[str]:
     """Columns of ``obs`` that an earlier run wrote into the query."""
     if isinstance(query, AnnData):
-        found = query.uns.get("carvae", {})
-    elif query.is_dir() and any((query / name).is_file() for name in ("zarr.json", ".zgroup")):
-        found = _earlier(zarr.open_group(query, mode="r", use_consolidated=False))
-    elif query.suffix == ".h5ad":
+        return _columns(query.uns.get("carvae"))
+    if query.is_dir() and any((query / name).is_file() for name in ("zarr.json", ".zgroup")):
+        return _columns(made_before(zarr.open_group(query, mode="r", use_consolidated=False)))
+    if query.suffix == ".h5ad":
         with h5py.File(query, "r", locking="best-effort") as file:
-            found = _earlier(file)
-    else:
-        found = {}
-    return {str(column) for column in found.get("columns", ())}
+            return _columns(made_before(file))
+    return set()
 
 
-def _earlier(root: Any) -> dict[str, Any]:
-    return dict(read_elem(root["uns/carvae"])) if "uns/carvae" in root else {}
+def made_before(root: Any) -> dict[str, Any]:
+    """``uns["carvae"]`` of an open file; empty where there is none, or something else of the user's."""
+    found = read_elem(root["uns/carvae"]) if "uns/carvae" in root else {}
+    return dict(found) if isinstance(found, Mapping) else {}
+
+
+def _columns(made: object) -> set[str]:
+    """Columns of ``obs`` that are told in ``uns["carvae"]``."""
+    return set(map(str, np.ravel(made.get("columns", ())))) if isinstance(made, Mapping) else set()
 
 
 def _uns_key(uns: Mapping[str, Any], annotated: bool) -> str:
@@ -200,10 +205,9 @@ def _colours(uns: Mapping[str, Any]) -> dict[str, NDArray[np.object_]]:
     return found
 
 
-def _replaced(results: CellResults, earlier: Mapping[str, Any]) -> set[str]:
+def _replaced(results: CellResults, earlier: set[str]) -> set[str]:
     """Columns of ``obs`` that go: those of the same names, and when labelling those that an earlier run wrote."""
-    written = earlier.get("columns", ()) if len(results.obs.columns) else ()
-    return {*map(str, results.obs.columns), *map(str, written)}
+    return {*map(str, results.obs.columns), *(earlier if len(results.obs.columns) else ())}
 
 
 class _Names:
@@ -284,7 +288,7 @@ class _AnnDataWriter:
         for part in ("obsm", "uns"):
             if part not in root:
                 write_elem(root, part, {})
-        self.earlier = _earlier(root)
+        self.earlier = _columns(made_before(root))
         self.columns: Columns | None = None
         self.n_cells = len(sample)
 

@@ -14,12 +14,14 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from carvae.data.values import texts
 from carvae.errors import SchemaError, join_problems
 
 MISSING_WORDS = frozenset({"", "na", "n/a", "nan", "none", "null", "<na>", "nat"})
 UNKNOWN_WORDS = MISSING_WORDS | {"unknown"}
 NO_SAMPLE = frozenset({"", "unknown"})
 """A text in the column of samples is a name, ``NA`` as well (which is told): missing is what is really empty."""
+NAMELESS = "unknown sample"
 REQUIRED = ("study", "sample", "patient")
 MANY_CELLS = 50
 SHOWN = 5
@@ -157,8 +159,11 @@ def query_obs(obs: pd.DataFrame, name: str, obs_map: Mapping[str, str]) -> tuple
     if named_column([str(own) for own in obs.columns], "study"):
         table["study"] = obs[named_column([str(own) for own in obs.columns], "study")[0]].astype("string")
     sample = table["sample"].astype("string") if "sample" in table else pd.Series(name, index=obs.index, dtype="string")
-    table["sample"] = sample.fillna("unknown sample").astype(object)
-    return table, found.notes
+    notes, n_none = found.notes, int(sample.isna().sum())
+    if n_none:
+        notes += (f"study {name!r}: {n_none:,} cells have no sample; together they are taken as {NAMELESS!r}",)
+    table["sample"] = sample.fillna(NAMELESS).astype(object)
+    return table, notes
 
 
 def check_studies(studies: Sequence[Harmonised]) -> None:
@@ -301,9 +306,14 @@ class _Harmoniser:
 
     def _typed(self, column: Column, values: pd.Series[Any], source: str) -> pd.Series[Any] | None:
         missing_words = UNKNOWN_WORDS if column.name in REQUIRED else MISSING_WORDS
-        codes, labels = _text(values, NO_SAMPLE if column.name == "sample" else missing_words)
+        found = texts(values, NO_SAMPLE if column.name == "sample" else missing_words)
+        codes, labels = found.code_N, found.labels
         if column.name == "sample":
             self._note_odd_names(codes, labels, source)
+        if column.name in REQUIRED and found.merged:
+            more = f", and {len(found.merged) - 1} more" if found.merged[1:] else ""
+            what = f"obs[{source!r}] writes {found.merged[0]!r}{more} with other spaces around it too"
+            self.notes.append(f"study {self.study!r}: {what}, which is taken as one {column.name}")
         needed = column.name in self.require
         if needed and (codes < 0).any():
             from_ = "" if source == column.name else f" in obs[{source!r}]"
@@ -354,25 +364,6 @@ class _Harmoniser:
             self._add(column, int(out[level].isin(mixed.index).sum()), what, remedy)
             if not self.require and column not in self.obs_map:
                 del out[column]
-
-
-def _text(values: pd.Series[Any], missing: frozenset[str]) -> tuple[np.ndarray[Any, np.dtype[np.intp]], list[str]]:
-    """Codes and labels of the values as text, -1 where missing; 3 and 3.0 are the same label."""
-    try:
-        raw, uniques = pd.factorize(values.astype(object), use_na_sentinel=True)
-    except TypeError:
-        raise SchemaError(f"obs[{values.name!r}] holds no plain values; keep one text or number per cell") from None
-    as_text = [_as_text(value) for value in uniques]
-    labels = list(dict.fromkeys(text for text in as_text if text.casefold() not in missing))
-    position = {label: code for code, label in enumerate(labels)}
-    lookup = np.array([*(position.get(text, -1) for text in as_text), -1], dtype=np.intp)
-    return lookup[raw], labels
-
-
-def _as_text(value: object) -> str:
-    if isinstance(value, float | np.floating) and float(value).is_integer():
-        return str(int(value))
-    return value.decode(errors="replace").strip() if isinstance(value, bytes) else str(value).strip()
 
 
 def _nearest(name: str, among: Sequence[str]) -> str:

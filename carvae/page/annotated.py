@@ -20,7 +20,7 @@ import zarr
 from anndata.io import read_elem
 from numpy.typing import NDArray
 
-from carvae.data.results import LATENT, samples_path
+from carvae.data.results import LATENT, made_before, samples_path
 from carvae.data.schema import query_obs
 from carvae.data.spreadsheet import neutral_text
 from carvae.data.tables import read_table
@@ -186,7 +186,7 @@ def _root(path: Path) -> Iterator[Any]:
 
 
 def _made(root: Any, path: Path) -> dict[str, Any]:
-    made = dict(read_elem(root["uns/carvae"])) if "uns/carvae" in root else {}
+    made = made_before(root)
     if "columns" not in made or not made.get("states"):
         raise ReadError(
             f"{path} holds no labels of carvae; run `carvae annotate {path.name} --model BUNDLE --out A.h5ad` and "
