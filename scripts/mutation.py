@@ -1,8 +1,9 @@
 """Change the code in small ways and see whether the tests notice: python scripts/mutation.py --per-file 40 --seed 0.
 
 mutmut (``pip install mutmut``, for developers alone) makes the mutants and runs the tests of the file on each; of many
-mutants some are drawn. Writes docs/mutation.md: how many were killed, and each survivor with what is to be said of it
-(tests/mutation.yaml, by hand). The exit code is 1 where fewer than 80% were killed.
+mutants some are drawn. Writes docs/mutation.md: how many were killed, and each survivor with what is to be said of it, which is
+written by hand in tests/mutation.yaml (by what its line matches, since mutants are numbered anew with every change). The
+exit code is 1 where fewer than 80% were killed.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ use_git_change_detection=False
 timeout_constant=60
 """
 BAR = 0.8
+UNEXPLAINED = "Not explained."
 HEAD = """# Mutation testing
 
 Made by `python scripts/mutation.py --per-file {n} --seed {seed}`: mutmut changes one thing in a function, and the tests
@@ -127,7 +129,7 @@ def main() -> None:
     parser.add_argument("--files", nargs="*", default=list(FILES))
     parser.add_argument("--print", action="store_true", dest="only_print", help="leave docs/mutation.md as it is")
     given = parser.parse_args()
-    comments = yaml.safe_load(SAID.read_text(encoding="utf-8")) if SAID.exists() else {}
+    comments = yaml.safe_load(SAID.read_text(encoding="utf-8"))
     text, below, kept = HEAD.format(n=given.per_file, seed=given.seed), "", True
     for file in given.files:
         found = tried(file, FILES[file], given.per_file, given.seed)
@@ -135,7 +137,9 @@ def main() -> None:
         text += f"| {file} | {found.n_all} | {n} | {len(found.killed)} | {found.share:.0%} |\n"
         kept &= found.share >= BAR
         for name, shown in found.survived.items():
-            below += f"- `{name}`: {change(shown)}. {comments.get(name, 'Not explained.')}\n"
+            line = f"`{name}`: {change(shown)}"
+            why = next((why for part, why in comments.items() if re.search(part, line)), UNEXPLAINED)
+            below += f"- {line}. {why}\n"
         print(f"{file}: {len(found.killed)} of {n} killed", file=sys.stderr, flush=True)
     text += f"\n## Survivors\n\n{below or 'None.'}"
     if given.only_print:

@@ -112,3 +112,19 @@ def test_folds_are_of_like_size_in_labelled_cells() -> None:
     folds = patient_folds(patient, (patient != "unlabelled").to_numpy(), 2)
     labelled = [int((patient[f.validation] != "unlabelled").sum()) for f in folds]
     assert labelled == [300, 300]
+
+
+def test_without_any_label_cells_count() -> None:
+    sizes = {"a": 30, "b": 30, "c": 20, "d": 20, "e": 100}
+    patient, none = pd.Series(np.repeat(list(sizes), list(sizes.values()))), np.zeros(200, np.bool_)
+    folds = patient_folds(patient, none, 2)
+    assert [f.validation_patients for f in folds] == [("e",), ("a", "b", "c", "d")]
+    held = [split_patients(patient, none, 0.2, np.random.default_rng(seed)).validation_patients for seed in range(9)]
+    assert set(held) <= {("a",), ("b",)}  # of single patients those nearest to 40 cells
+
+
+def test_patients_of_the_same_size_are_grouped_by_name_whatever_the_order_of_cells() -> None:
+    patient = pd.Series(np.repeat(["d", "b", "a", "c"], 10), index=np.arange(100, 140))
+    folds = patient_folds(patient, np.ones(40, np.bool_), 2)
+    assert [f.validation_patients for f in folds] == [("a", "c"), ("b", "d")]
+    assert folds[0].validation.tolist() == [*range(20, 40)]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from carvae.errors import LabelError
-from carvae.labels.tree import EncodedLabels, LabelTree, Mapping, concatenate, encode, prune
+from carvae.labels.tree import EncodedLabels, LabelTree, Mapping, concatenate, encode, encode_nodes, prune
 
 LABELS = Path(__file__).parent.parent / "configs" / "labels"
 TREE = LabelTree.read(LABELS / "tree.yaml")
@@ -143,6 +143,23 @@ def test_labels_without_mapping_are_nodes_of_any_axis() -> None:
     assert allowed(labels, "state", 0) == {"progenitor exhausted", "terminally exhausted"}
     assert (allowed(labels, "lineage", 1), allowed(labels, "state", 1)) == ({"CD4"}, None)
     assert allowed(labels, "cycling", 2) == {"cycling"}
+
+
+def test_labels_that_are_nodes_allow_the_leaves_below_them() -> None:
+    axis = TREE["state"]
+    node = next(name for name in axis.nodes if len(axis.nodes[name]) > 1)
+    found = encode_nodes(axis, [axis.leaves[0], node], np.array([1, -1, 0]), weak=True)
+    assert [set(np.flatnonzero(found.allowed[code])) if code >= 0 else None for code in found.code] == [
+        set(axis.nodes[node]),
+        None,
+        {0},
+    ]
+    assert found.weak.tolist() == [True, False, True]
+
+
+def test_a_tree_without_axes_says_so(tmp_path: Path) -> None:
+    with pytest.raises(LabelError, match="there is no axis; give at least one under `axes`"):
+        LabelTree.read(write(tmp_path, "name: t\naxes: []\n"))
 
 
 def test_a_label_that_allows_everything_says_nothing() -> None:
