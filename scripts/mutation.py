@@ -1,9 +1,9 @@
 """Change the code in small ways and see whether the tests notice: python scripts/mutation.py --per-file 40 --seed 0.
 
 mutmut (``pip install mutmut``, for developers alone) makes the mutants and runs the tests of the file on each; of many
-mutants some are drawn. Writes docs/mutation.md: how many were killed, and each survivor with what is to be said of it, which is
-written by hand in tests/mutation.yaml (by what its line matches, since mutants are numbered anew with every change). The
-exit code is 1 where fewer than 80% were killed.
+mutants some are drawn. Writes docs/mutation.md: how many were killed, and each survivor with what is to be said of it.
+That is written by hand in tests/mutation.yaml, by what a survivor's line matches, since mutants are numbered anew with
+every change. The exit code is 1 where fewer than 80% were killed.
 """
 
 from __future__ import annotations
