@@ -214,6 +214,10 @@ def clonal_cells(obs: pd.DataFrame, name: str, config: ClonesConfig) -> ClonalCe
 def _needed(obs: pd.DataFrame, column: str, name: str, columns: Sequence[str]) -> pd.Series[str]:
     if column not in obs:
         setting = "clone" if column == "clone_id" else column
+        if len(there := named_column(columns, column)) == 1:
+            raise SchemaError(
+                f"{name} has no value in obs[{there[0]!r}] of {len(obs):,} cells, so no {setting} is known"
+            )
         raise SchemaError(
             f"{name} names no {setting}; say which column does: clones.{setting}=COLUMN (it has "
             f"{', '.join(columns[:20])}{', ...' if columns[20:] else ''})"

@@ -23,6 +23,10 @@ from carvae.section_respond import PerturbConfig, RespondConfig
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
+MAX_THREADS = 1024
+"""More are a slip, and what OpenMP takes for them ends the process."""
+
+
 class StudyConfig(Section):
     """Where one study lies and how its own names map onto the data contract."""
 
@@ -174,7 +178,7 @@ class TrainConfig(Section):
     """Pieces that the cells are cut into; each minibatch has the same number of cells of each piece, and a process
     reads its own pieces alone. Runs with equal shards see the same minibatches on any number of processes that divides
     it. 0: one per process."""
-    threads: int = Field(1, ge=0)
+    threads: int = Field(1, ge=0, le=MAX_THREADS)
     """CPU threads of torch; 0 leaves torch's own choice. Two threads on a busy machine can be slower."""
     map_every: int = Field(0, ge=0)
     """Epochs after which a map of cells (UMAP, up to 2,000) by state and by study is drawn into the log's folder and
@@ -216,7 +220,7 @@ class PredictConfig(Section):
     product ... Where clones are told within the patient and the query does not say who that is, as 10x does not."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     """Where the network is: ``cpu``, ``cuda`` or ``cuda:1``; ``auto`` takes CUDA when present."""
-    threads: int = Field(0, ge=0)
+    threads: int = Field(0, ge=0, le=MAX_THREADS)
     """CPU threads; 0 leaves the libraries' own choice."""
     root: str | None = None
     """A state at the memory-like end, or ``auto`` for those of the highest ``memory_stem`` scores: every cell then
@@ -341,16 +345,14 @@ class Config(Section):
         """
         path = Path(path)
         settings = read_yaml(path)
-        for override in overrides:
-            apply(settings, override)
+        apply(settings, overrides)
         return cls.parse(settings, source=str(path))
 
     @classmethod
     def parse_overrides(cls, overrides: Sequence[str]) -> Config:
         """Return the defaults with ``section.key=value`` overrides applied; raises ConfigError."""
         settings: dict[str, Any] = {}
-        for override in overrides:
-            apply(settings, override)
+        apply(settings, overrides)
         return cls.parse(settings, source="the command line")
 
     @classmethod

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 """Control characters but the newline, which parts several problems."""
@@ -72,6 +73,12 @@ class LeakSuspected(EvaluateError):
 
 class RespondError(CarvaeError):
     """Outcomes cannot be predicted from these patients, or with this model."""
+
+
+def refuse_stream(path: Path) -> None:
+    """Raise ReadError where a path is a pipe, a socket or a device: it cannot be read twice, or waits for ever."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ReadError(f"{path} is a pipe or a device, not a file; write it to a file and give that")
 
 
 def join_problems(head: str, problems: Sequence[str]) -> str:

@@ -5,6 +5,7 @@ The settings themselves stand in `carvae.config`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
@@ -37,8 +38,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return settings
 
 
-def apply(settings: dict[str, Any], override: str) -> None:
-    """Set ``section.key=value`` in nested settings; raises ConfigError where it is not of that form."""
+def apply(settings: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Set each ``section.key=value`` in nested settings; raises ConfigError where one is not of that form, or twice."""
+    keys = [override.partition("=")[0] for override in overrides]
+    if twice := sorted({key for key in keys if keys.count(key) > 1}):
+        raise ConfigError(f"{', '.join(twice)} is given more than once; give each setting once")
+    for override in overrides:
+        _set(settings, override)
+
+
+def _set(settings: dict[str, Any], override: str) -> None:
     key, sign, text = override.partition("=")
     if not sign or not key:
         raise ConfigError(f"{override!r} is not of the form section.key=value")

@@ -241,3 +241,10 @@ def test_an_output_is_free_again_after_an_error(tmp_path: Path) -> None:
         with pytest.raises(KeyError), alone(tmp_path / "b" / "c" / "a"):
             raise KeyError
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that takes no files")
+def test_what_cannot_be_written_is_called_by_the_name_that_was_given() -> None:
+    with pytest.raises(OSError, match=r"/proc/x\.csv") as error, replacing_file(Path("/proc/x.csv")) as scratch:
+        scratch.write_text("a")
+    assert ".tmp" not in str(error.value)

@@ -155,11 +155,12 @@ def test_columns_and_order_are_the_users(table: pd.DataFrame) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        ({"donor_id": ""}, "has no value in obs['donor_id'] of"),
         ({"donor_id": None}, "names no patient; say which column does: clones.patient=COLUMN (it has timepoint,"),
         ({"clonotype": None}, "names no clone; say which column does: clones.clone=COLUMN"),
         ({"timepoint": None}, "names no timepoint; say which column does: clones.timepoint=COLUMN"),
         ({"cell_type": None}, "names no state; say which column does: clones.state=COLUMN"),
-        ({"clonotype": ""}, "names no clone"),
+        ({"clonotype": ""}, "has no value in obs['clonotype'] of"),
     ],
 )
 def test_what_lacks_is_said_with_the_remedy(

@@ -146,6 +146,17 @@ def test_wrong_overrides_are_refused(override: str, message: str, tmp_path: Path
         Config.read(path, [override])
 
 
+def test_a_setting_that_is_given_twice_is_refused(tmp_path: Path) -> None:
+    twice = ["seed=1", "predict.coverage=0.9", "predict.coverage=0.8"]
+    with pytest.raises(ConfigError, match=r"predict\.coverage is given more than once; give each setting once"):
+        Config.parse_overrides(twice)
+
+
+def test_threads_without_number_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"predict\.threads: .* less than or equal to 1024"):
+        Config.parse_overrides(["predict.threads=100000"])
+
+
 def test_a_config_is_frozen_at_every_depth() -> None:
     config = Config.parse({"ingest": {"studies": {"a": {"path": "x"}}}})
     with pytest.raises(ValidationError, match="frozen"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tracemalloc
 import weakref
 from collections.abc import Iterator
@@ -161,6 +162,22 @@ def test_something_else_of_the_users_by_the_name_of_the_results_does_no_harm(
     answer = carvae("report", tmp_path / "q.h5ad", "--out", tmp_path / "q.html")
     assert answer.code == 1
     assert "q.h5ad holds no labels of carvae; run `carvae annotate" in answer.err
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_a_pipe_is_refused_before_it_is_read(world: World, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "q.h5ad")
+    for verb in ("annotate", "check"):
+        out = () if verb == "check" else ("--out", tmp_path / "A.h5ad")
+        answer = carvae(verb, tmp_path / "q.h5ad", "--model", world.bundle, *out)
+        assert answer.code == 1
+        assert "q.h5ad is a pipe or a device, not a file; write it to a file and give that" in answer.err
+    (tmp_path / "q.h5ad").unlink()
+    os.mkfifo(tmp_path / "sheet.csv")
+    sheet = f"predict.sheet={tmp_path / 'sheet.csv'}"
+    answer = carvae("annotate", world.query_path, "--model", world.bundle, "--out", tmp_path / "A.h5ad", sheet)
+    assert answer.code == 1
+    assert "sheet.csv is a pipe or a device" in answer.err
 
 
 def test_a_backed_query_is_answered_and_its_file_is_not_written(

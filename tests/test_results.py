@@ -394,13 +394,17 @@ def test_outputs_that_would_do_harm_are_refused(tmp_path: Path, folder: Path) ->
     source = stored(tmp_path)
     (tmp_path / "link.h5ad").symlink_to(source)
     (tmp_path / "folder.csv").mkdir()
+    store = tmp_path / "s.zarr"
+    store.mkdir()
+    (store / "zarr.json").write_text("{}")
     for query, out, message in (
         (source, source, "is the query itself"),
         (source, tmp_path / "link.h5ad", "is the query itself"),
         (source, folder / ".." / "q.h5ad", "is the query itself"),
         (source, tmp_path / "o.txt", "says no format"),
         (source, tmp_path / "o", "says no format"),
-        (folder, folder / "o.h5ad", "lies in the query and would be read as part of it"),
+        (folder, folder / "o.h5ad", "lies in the query and would be taken for a part of it"),
+        (store, store / "o.csv", "lies in the query and would be taken for a part of it"),
         (source, tmp_path / "folder.csv", "is a folder"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -38,6 +38,10 @@ def replacing_file(target: Path) -> Iterator[Path]:
         yield scratch
         _sync(scratch)
         os.replace(scratch, target)
+    except OSError as error:
+        if str(error.filename) == str(scratch):
+            error.filename = str(target)  # the name that the caller knows
+        raise
     finally:
         _remove(scratch)
 

@@ -34,7 +34,7 @@ from carvae.data.counts import (
 from carvae.data.matrices import ALL, Ints
 from carvae.data.schema import named_column
 from carvae.data.tenx import mtx_parts, open_10x, open_mtx
-from carvae.errors import CarvaeError, CountsError, ReadError, join_problems
+from carvae.errors import CarvaeError, CountsError, ReadError, join_problems, refuse_stream
 
 SEARCH_DEPTH = 5
 FEWEST_COUNTS_COPIED = 10  # with fewer, cells of two raw matrices may agree by chance
@@ -200,6 +200,7 @@ def open_source(
 def _open_path(path: Path, counts: str, name: str) -> Opened:
     if not path.exists():
         raise ReadError(f"{path} does not exist")
+    refuse_stream(path)
     if _is_zarr(path):
         return open_anndata(path, counts, name)
     if parts := mtx_parts(path):

@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 LATENT = "X_carvae"
 TABLES = (".csv", ".csv.gz")
+ZARR = ("zarr.json", ".zgroup")
+"""A folder with one of these is a zarr store."""
 LATE_AT_ONCE = 1 << 16
 
 
@@ -145,9 +147,10 @@ def check_output(query: Path, out: Path) -> None:
         raise ConfigError(f"--out {str(out)!r} says no format; end it in .h5ad, .zarr, .csv or .csv.gz")
     if out.exists() and query.exists() and out.resolve() == query.resolve():
         raise ConfigError(f"--out {str(out)!r} is the query itself; choose another name")
-    if not out.name.endswith(TABLES) and query.is_dir() and query.resolve() in out.resolve().parents:
+    store = any((query / name).is_file() for name in ZARR)
+    if (store or not out.name.endswith(TABLES)) and query.is_dir() and query.resolve() in out.resolve().parents:
         raise ConfigError(
-            f"--out {str(out)!r} lies in the query and would be read as part of it; choose another folder"
+            f"--out {str(out)!r} lies in the query and would be taken for a part of it; choose another folder"
         )
     if out.suffix != ".zarr" and out.is_dir():
         raise ConfigError(f"--out {str(out)!r} is a folder; choose another name")
@@ -171,7 +174,7 @@ def earlier_columns(query: Path | AnnData) -> set[str]:
     """Columns of ``obs`` that an earlier run wrote into the query."""
     if isinstance(query, AnnData):
         return _columns(query.uns.get("carvae"))
-    if query.is_dir() and any((query / name).is_file() for name in ("zarr.json", ".zgroup")):
+    if query.is_dir() and any((query / name).is_file() for name in ZARR):
         return _columns(made_before(zarr.open_group(query, mode="r", use_consolidated=False)))
     if query.suffix == ".h5ad":
         with h5py.File(query, "r", locking="best-effort") as file:

@@ -119,7 +119,8 @@ def read_side(path: Path, where: Mapping[str, str], setting: str, unit: str) -> 
 
 def _tables(path: Path) -> list[Path]:
     if not path.exists():
-        raise ReadError(f"{path} does not exist")
+        what = "is a setting where B is expected; give A and B, which may be one file"  # B was left out
+        raise ReadError(f"{path} {what if '=' in path.name else 'does not exist'}")
     if path.is_dir() and path.suffix != ".zarr":
         found = sorted(path.glob("*.samples.csv"))
         if not found:

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 import pandas as pd
 
 from carvae.data.schema import CONTRACT
-from carvae.errors import ReadError
+from carvae.errors import ReadError, refuse_stream
 
 SEPARATORS = (",", "\t", ";")
 """The first of those that are as frequent wins."""
@@ -52,6 +52,7 @@ def read_table(path: Path, setting: str = "", text: Iterable[str] = (), samples:
     ReadError
         The file is not there, is no table, or is one of Excel.
     """
+    refuse_stream(path)
     try:
         head, first = _beginning(path)
         if head.startswith(WORKBOOK):

@@ -199,6 +199,8 @@ def _obsm(root: Any, path: Path) -> dict[str, NDArray[np.float32]]:
     if f"obsm/{LATENT}" not in root:
         raise ReadError(f"{path} has labels of carvae but no obsm[{LATENT!r}]; annotate the query again")
     found = {LATENT: np.asarray(read_elem(root[f"obsm/{LATENT}"]), np.float32)}
+    if not np.isfinite(found[LATENT]).all():
+        raise ReadError(f"{path} holds coordinates in obsm[{LATENT!r}] that are no numbers; annotate the query again")
     if f"obsm/{MAP}" in root:
         own = np.asarray(read_elem(root[f"obsm/{MAP}"]), np.float32)
         if own.ndim == 2 and own.shape[1] >= 2 and np.isfinite(own).all():  # noqa: PLR2004 - a plane
