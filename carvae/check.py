@@ -33,6 +33,7 @@ from carvae.labels.cohort import CohortLabels, refuse_confounded
 from carvae.labels.signatures import Signatures
 from carvae.model.about import about_cells
 from carvae.model.bundle import Bundle
+from carvae.model.bundle_files import check_place
 from carvae.model.cell_clones import Asked
 from carvae.model.cohort import SOURCE, check_covariates, labels_of
 from carvae.model.query_pass import TOLD, Pass
@@ -94,8 +95,7 @@ def of_config(config: Config) -> Checked:
     CarvaeError
         A study or setting would be refused; the problems of all studies are told at once.
     """
-    if not config.ingest.studies:
-        raise ConfigError("ingest.studies is empty; name at least one study, as in configs/reference.yaml")
+    check_place(config.output)
     parts = open_all(config.ingest)
     obs = pd.concat([part.obs[part.keep] for part in parts], ignore_index=True)
     check_covariates(obs, config)
@@ -135,7 +135,7 @@ def _labels(obs: pd.DataFrame, config: Config) -> CohortLabels | None:
     by_author = config.model_copy(update={"labels": config.labels.model_copy(update={"weak": False})})
     found = labels_of(obs, by_author)
     if found is not None:
-        refuse_confounded(found.labels, obs[SOURCE].astype(str))
+        refuse_confounded(found.labels, obs[SOURCE].astype(str), obs["patient"].astype(str))
     return found
 
 

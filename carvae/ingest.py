@@ -67,8 +67,6 @@ def run(config: Config) -> Path:
     CarvaeError
         A study cannot be read or does not meet the contract; nothing is written then.
     """
-    if not config.ingest.studies:
-        raise ConfigError("ingest.studies is empty; name at least one study, as in configs/reference.yaml")
     work, store = work_folder(config.output), store_path(config.output)
     fingerprint = _fingerprint(config)
     with alone(config.output):
@@ -171,6 +169,8 @@ def _fingerprint(config: Config) -> str:
 
 def open_all(config: IngestConfig) -> list[Part]:
     """Every file of every study, opened and harmonised; the problems of all studies are raised at once."""
+    if not config.studies:
+        raise ConfigError("ingest.studies is empty; name at least one study, as in configs/reference.yaml")
     sources: dict[str, list[tuple[CountsSource, ResolvedGenes]]] = {}
     problems: list[CarvaeError] = []
     for name, study in config.studies.items():

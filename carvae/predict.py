@@ -26,7 +26,7 @@ from carvae.data.results import (
     writing_results,
 )
 from carvae.data.spreadsheet import write_table
-from carvae.errors import BundleError, ConfigError, CountsError
+from carvae.errors import BundleError, ConfigError, CountsError, ReadError
 from carvae.model.ahead import Behind
 from carvae.model.bundle import Bundle
 from carvae.model.bundle_files import check_outside
@@ -136,6 +136,11 @@ def _in_memory(
     adata: AnnData, model: Bundle | Path | str, config: PredictConfig | None, *, label: bool, asked: Asked
 ) -> AnnData:
     config = config or PredictConfig()
+    if not isinstance(adata, AnnData):
+        raise ReadError(
+            f"annotate and embed take an AnnData, not a {type(adata).__name__}; read the file (anndata.read_h5ad), or "
+            "use the command line, which reads any format"
+        )
     bundle = model if isinstance(model, Bundle) else load_on(model, config)
     _refuse_model(bundle, config, label)
     if config.dask is not None:

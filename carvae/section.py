@@ -5,6 +5,7 @@ The settings themselves stand in `carvae.config`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
@@ -12,25 +13,57 @@ from typing import Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from carvae.errors import ConfigError, nearest
+from carvae.errors import ConfigError, join_problems, nearest
 
 
 class Section(BaseModel):
     """A frozen group of settings that refuses keys it does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True, allow_inf_nan=False
+    )
+
+
+def noting_repeats(base: type[Any]) -> type[Any]:
+    """A loader of YAML whose keys are text (``no`` and ``2024.10`` are names of studies), and no key is there twice.
+
+    Of those that are YAML would keep the last; ``problems`` names them.
+    """
+
+    class Noting(base):  # type: ignore[misc]
+        def __init__(self, stream: bytes | str) -> None:
+            super().__init__(stream)
+            self.problems: list[str] = []
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = Counter(str(key.value) for key, _ in node.value)
+            line = node.start_mark.line + 1
+            self.problems += [
+                f"{key!r} occurs {n} times in the block at line {line}" for key, n in keys.items() if n > 1
+            ]
+            if base is yaml.SafeLoader:
+                self.flatten_mapping(node)  # what ``<<`` brings in
+            return {str(key.value): self.construct_object(value, deep=deep) for key, value in node.value}
+
+    return Noting
+
+
+_Loader = noting_repeats(yaml.SafeLoader)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a file; raises ConfigError where there is none."""
+    """The mapping in a file; raises ConfigError where there is none, or where a key is there twice."""
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loader = _Loader(path.read_text(encoding="utf-8"))
+        settings = loader.get_single_data()
     except FileNotFoundError:
         raise ConfigError(
             f"config file {str(path)!r} does not exist; see configs/reference.yaml for an example"
         ) from None
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2020-13-45, and bytes
         raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if loader.problems:
+        raise ConfigError(join_problems(f"{path} says things twice", loader.problems))
     if settings is None:
         return {}
     if not isinstance(settings, dict):

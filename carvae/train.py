@@ -56,6 +56,7 @@ from carvae.model.trainer import (
     EveryFewEpochs,
     callbacks_of,
     finish,
+    interrupts_told,
     loggers_of,
     quiet_lightning,
     start_processes,
@@ -249,7 +250,8 @@ def fit(cohort: Cohort, split: PatientSplit, config: Config, folder: Path) -> Fi
             trainer.callbacks.append(EveryFewEpochs(config.train.map_every, watch))  # type: ignore[attr-defined]
         if last.exists():
             log.info("continuing from %s", last)
-        trainer.fit(module, ckpt_path=last if last.exists() else None, weights_only=True)
+        with interrupts_told(trainer):
+            trainer.fit(module, ckpt_path=last if last.exists() else None, weights_only=True)
     n_trained = trainer.current_epoch
     if split.validation.size:
         best = torch.load(keep.best_model_path, weights_only=True, map_location="cpu")

@@ -267,6 +267,15 @@ def test_labels_that_are_the_studies_by_other_words_are_refused(
         assert ("no label occurs in two studies" in caplog.text) is (said is None)
 
 
+def test_labels_that_are_the_patients_by_other_words_are_refused(tmp_path: Path) -> None:
+    """As where the column of donors is given for that of states."""
+    config = Config.parse({"ingest": {"studies": {"s": {"path": "p", "label": "label"}}}})
+    table = obs_of({"a": 4, "b": 4, "c": 4}).assign(label=[*"xxxxyyyyzzzz"])
+    with pytest.raises(LabelError, match="each patient bears one label and no two the same"):
+        assembled(tmp_path / "one", table, config)
+    assembled(tmp_path / "two", table.assign(label=[*"xxxxyyyyzzzy"]), config)
+
+
 def test_without_labels_there_is_a_cohort_without_axes(tmp_path: Path) -> None:
     config = Config.parse({"ingest": {"studies": {"s": {"path": "p"}}}})
     cohort = assembled(tmp_path, obs_of({"a": 4, "b": 4}), config)

@@ -146,6 +146,29 @@ def test_wrong_overrides_are_refused(override: str, message: str, tmp_path: Path
         Config.read(path, [override])
 
 
+def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("ingest:\n  studies:\n    a: {path: x}\n    b: {path: y}\n    a: {path: z}\nseed: 1\nseed: 2\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml says things twice \(2 problems\)") as error:
+        Config.read(path)
+    assert "'seed' occurs 2 times in the block at line 1" in str(error.value)
+    assert "'a' occurs 2 times in the block at line 3" in str(error.value)
+
+
+def test_names_in_a_config_are_text_and_merged_blocks_stay(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    one, no, both = "2024.10: &one {path: x, label: mine}", "no: {path: y}", "b: {<<: *one, path: z}"
+    path.write_text(f"ingest:\n  studies:\n    {one}\n    {no}\n    {both}\n")
+    studies = Config.read(path).ingest.studies
+    assert list(studies) == ["2024.10", "no", "b"]
+    assert (studies["b"].path, studies["b"].label) == (Path("z"), "mine")
+
+
+def test_numbers_without_end_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"train\.lr: .* finite number"):
+        Config.parse_overrides(["train.lr=1e400"])
+
+
 def test_a_setting_that_is_given_twice_is_refused(tmp_path: Path) -> None:
     twice = ["seed=1", "predict.coverage=0.9", "predict.coverage=0.8"]
     with pytest.raises(ConfigError, match=r"predict\.coverage is given more than once; give each setting once"):

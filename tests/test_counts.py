@@ -153,6 +153,12 @@ def test_counts_that_were_multiplied_are_refused() -> None:
     find(np.ones((40, 20)))  # equal totals of ones have no factor
 
 
+def test_counts_that_were_cut_to_zero_and_one_are_refused() -> None:
+    with pytest.raises(CountsError, match="holds zeros and ones alone: which genes were seen in a cell, not how often"):
+        find((np.random.default_rng(0).random((60, 200)) < 0.4).astype(int))
+    find((np.random.default_rng(0).random((60, 200)) < 0.1).astype(int))  # twenty molecules may all be of other genes
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_log1p_cp10k_is_undone_to_the_very_counts(dtype: type) -> None:
     counts = counts_of(300, 400)

@@ -126,7 +126,7 @@ def test_the_store_does_not_depend_on_the_chunk_size(two: Config, tmp_path: Path
 def test_a_store_is_built_once_and_again_when_inputs_or_settings_change(
     two: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "carvae")
     store = run(two)
     before = sha256(store)
     assert "up to date" not in caplog.text

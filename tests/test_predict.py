@@ -21,7 +21,7 @@ from carvae.config import PredictConfig, label_file
 from carvae.data.counts import Checked
 from carvae.data.genes import GeneTable
 from carvae.data.readers import CountsSource
-from carvae.errors import BundleError, ConfigError, CountsError, GeneError
+from carvae.errors import BundleError, ConfigError, CountsError, GeneError, ReadError
 from carvae.labels.signatures import Signatures, score
 from carvae.model.bundle import Bundle, load
 from carvae.predict import annotate, embed, run
@@ -178,6 +178,12 @@ def test_a_pipe_is_refused_before_it_is_read(world: World, tmp_path: Path) -> No
     answer = carvae("annotate", world.query_path, "--model", world.bundle, "--out", tmp_path / "A.h5ad", sheet)
     assert answer.code == 1
     assert "sheet.csv is a pipe or a device" in answer.err
+
+
+def test_what_is_no_anndata_is_told_by_its_type(bundle: Bundle) -> None:
+    for wrong, kind in (("q.h5ad", "str"), (None, "NoneType"), (pd.DataFrame(), "DataFrame")):
+        with pytest.raises(ReadError, match=f"take an AnnData, not a {kind}; read the file"):
+            annotate(wrong, bundle)  # type: ignore[arg-type]
 
 
 def test_a_backed_query_is_answered_and_its_file_is_not_written(

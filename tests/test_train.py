@@ -197,6 +197,25 @@ def test_a_changed_setting_does_not_continue_from_another_run(world: World, tmp_
     assert (table.parents[1] / "wandb" / "offline-run-1").exists()
 
 
+def test_an_interrupt_ends_training_as_any_command_and_tells_where_it_goes_on(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def interrupted(self: Any) -> None:
+        if self.current_epoch == 1:
+            raise KeyboardInterrupt
+
+    with (
+        caplog.at_level("WARNING", "carvae"),
+        mock.patch.object(Objective, "on_train_epoch_start", interrupted),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        train_here(world, tmp_path / "a", train=SHORT)
+    assert "interrupted in epoch 2; the same command goes on from there" in caplog.text
+    assert not (tmp_path / "a").exists()
+    train_here(world, tmp_path / "a", train=SHORT)
+    assert load(tmp_path / "a").bundle_id
+
+
 def test_a_run_that_goes_on_has_the_log_of_an_uninterrupted_one(world: World, tmp_path: Path) -> None:
     def die(self: Any) -> None:
         if self.current_epoch == 2:

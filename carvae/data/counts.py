@@ -28,7 +28,7 @@ BLOCK_CELLS = 4096
 CELLS_OF_A_FACTOR = 30
 """Cells whose totals have no common factor by chance."""
 CELLS_OF_ONES, GENES_OF_ONES = 30, 50
-"""So many cells with so many genes each are not without a single count of 1, unless their counts were scaled."""
+"""So many cells with so many genes each have counts of 1 unless scaled, and others unless cut to zero and one."""
 FIRST_CELLS = 64
 """Cells by which a place is judged before all of it is read."""
 
@@ -263,6 +263,8 @@ def refuse_totals(total_N: npt.NDArray[np.int64], largest: int) -> None:
         and float(filled.std()) <= EQUAL_TOTALS_SPREAD * mean
     ):
         raise CountsError(f"is normalised to a constant total: all {len(filled):,} cells sum to about {mean:,.0f}")
+    if largest == 1 and len(filled) >= CELLS_OF_ONES and mean >= GENES_OF_ONES:
+        raise CountsError("holds zeros and ones alone: which genes were seen in a cell, not how often")
     factor = int(np.gcd(np.gcd.reduce(filled), largest))
     if factor > 1 and len(filled) >= CELLS_OF_A_FACTOR:
         raise CountsError(f"is multiplied: every value is a multiple of {factor:,}")

@@ -98,33 +98,40 @@ def label_cells(
     return CohortLabels(*prune(tree, concatenate(parts).take(np.argsort(by_study))))
 
 
-def refuse_confounded(labels: EncodedLabels, study: pd.Series[str]) -> None:
+def refuse_confounded(labels: EncodedLabels, study: pd.Series[str], patient: pd.Series[str]) -> None:
     """Warn where no label is in two studies; for training, which would learn the study and call it a state.
 
     Raises
     ------
     LabelError
-        The labels are the studies' names by other words.
+        The labels are the studies' or the patients' names by other words.
     """
-    shared, alone = False, True
-    n_studies = 0
-    for axis in labels.axes:
-        known = (axis.code >= 0) & ~axis.weak
-        pairs = pd.DataFrame({"study": study.to_numpy()[known], "label": axis.code[known]}).drop_duplicates()
-        shared |= bool(pairs["label"].duplicated().any())
-        alone &= not pairs["study"].duplicated().any()
-        n_studies = max(n_studies, pairs["study"].nunique())
+    of_study, of_patient = _overlap(labels, study), _overlap(labels, patient)
+    for unit, (_, alone, n) in (("study", of_study), ("patient", of_patient)):
+        if alone and n >= TWO:
+            raise LabelError(
+                f"each {unit} bears one label and no two the same, so that nothing tells a state from its {unit}; add "
+                f"a {unit} with several of these labels, give the column of states, or leave the labels out"
+            )
+    shared, _, n_studies = of_study
     if shared or n_studies < TWO:
         return
-    if alone:
-        raise LabelError(
-            "each study bears one label and no two the same, so that nothing tells a state from its study; add a study "
-            "with several of these labels, or leave the labels out"
-        )
     log.warning(
         "no label occurs in two studies: a state is told from its study by what both lack; map labels that mean"
         " the same onto one tree (labels.tree)"
     )
+
+
+def _overlap(labels: EncodedLabels, name_N: pd.Series[str]) -> tuple[bool, bool, int]:
+    """Whether any label is in two of the named groups, whether they are one to one, and how many groups there are."""
+    shared, alone, n_groups = False, True, 0
+    for axis in labels.axes:
+        known = (axis.code >= 0) & ~axis.weak
+        pairs = pd.DataFrame({"name": name_N.to_numpy()[known], "label": axis.code[known]}).drop_duplicates()
+        shared |= bool(pairs["label"].duplicated().any())
+        alone &= not pairs["name"].duplicated().any()
+        n_groups = max(n_groups, pairs["name"].nunique())
+    return shared, alone and not shared, n_groups
 
 
 def _tell_labels(study: str, label: pd.Series[str], missing: tuple[str, ...]) -> None:

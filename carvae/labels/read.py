@@ -10,23 +10,10 @@ from typing import Any
 import yaml
 
 from carvae.errors import LabelError, join_problems, nearest
+from carvae.section import noting_repeats
 
-
-class _Loader(yaml.BaseLoader):
-    """YAML in which every scalar is text, so that labels such as ``1``, ``no`` and ``null`` stay labels."""
-
-    def __init__(self, stream: bytes) -> None:
-        super().__init__(stream)
-        self.problems: list[str] = []
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """The mapping at a node; keys that occur twice, of which YAML would keep the last, are noted."""
-        keys = [str(key.value) for key, _ in node.value]
-        line = node.start_mark.line + 1
-        self.problems += [
-            f"{key!r} occurs {keys.count(key)} times in the block at line {line}" for key in repeated(keys)
-        ]
-        return super().construct_mapping(node, deep=deep)
+_Loader = noting_repeats(yaml.BaseLoader)
+"""YAML in which every scalar is text, so that labels such as ``1``, ``no`` and ``null`` stay labels."""
 
 
 def read_yaml(path: Path, what: str) -> dict[str, Any]:

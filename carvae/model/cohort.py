@@ -55,7 +55,7 @@ class Cohort:
         check_covariates(obs, config)
         labels = labels_of(obs, config)
         if labels is not None:
-            refuse_confounded(labels.labels, obs[SOURCE].astype(str))
+            refuse_confounded(labels.labels, obs[SOURCE].astype(str), obs["patient"].astype(str))
         return cls.of(store, labels, config)
 
     @classmethod

@@ -125,6 +125,16 @@ def quiet_lightning() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def interrupts_told(trainer: lightning.Trainer) -> Iterator[None]:
+    """Let Ctrl-C end training as it ends any other command, but tell where it goes on; Lightning would exit with 1."""
+    try:
+        yield
+    except SystemExit:
+        log.warning("interrupted in epoch %d; the same command goes on from there", trainer.current_epoch + 1)
+        raise KeyboardInterrupt from None
+
+
 class LiveLine(ProgressBar):
     """One line on a terminal: how far the whole run is, the losses, the rate and the time left."""
 
