@@ -131,6 +131,8 @@ def interrupts_told(trainer: lightning.Trainer) -> Iterator[None]:
     try:
         yield
     except SystemExit:
+        if not trainer.interrupted:
+            raise
         log.warning("interrupted in epoch %d; the same command goes on from there", trainer.current_epoch + 1)
         raise KeyboardInterrupt from None
 
