@@ -137,10 +137,9 @@ def test_cpm_that_was_rounded_and_cut_to_some_genes_is_refused() -> None:
         with pytest.raises(CountsError, match=f"scaled before it was rounded: {said}.*first in cell 'c{rich[0]}'"):
             find(matrix)
     raw = counts[rich][:, ::3]
-    half = len(rich) // 2
-    find(np.concatenate([raw[: half + 5], cut[rich][half + 5 :]]))  # below a half is no proof
-    with pytest.raises(CountsError, match=f"{len(rich) - half + 5} of {len(rich)} cells"):
-        find(np.concatenate([raw[: half - 5], cut[rich][half - 5 :]]))
+    find(np.concatenate([raw[9:], cut[rich][:9]]))  # nine cells are no proof
+    with pytest.raises(CountsError, match=f"10 of {len(rich)} cells have no count of 1"):  # one sample among others
+        find(np.concatenate([raw[10:], cut[rich][:10]]))
     few = np.where(np.cumsum(cut > 0, axis=1) < 50, cut, 0)
     find(few)  # of less than 50 genes a cell may well have none with a count of 1
 
@@ -151,6 +150,15 @@ def test_counts_that_were_multiplied_are_refused() -> None:
     with pytest.raises(CountsError, match="is multiplied: every value is a multiple of 10"):
         find(10 * counts)
     find(np.ones((40, 20)))  # equal totals of ones have no factor
+
+
+def test_cells_that_were_brought_to_the_median_depth_and_rounded_are_refused() -> None:
+    rng = np.random.default_rng(0)
+    raw = rng.poisson(rng.lognormal(0, 0.6, (400, 1)) * rng.lognormal(-1, 1.5, 600))
+    total = raw.sum(axis=1, keepdims=True)
+    find(raw)
+    with pytest.raises(CountsError, match="cells have no count of 1, their smallest is 2"):
+        find(np.rint(raw / total * np.median(total)))
 
 
 def test_counts_that_were_cut_to_zero_and_one_are_refused() -> None:

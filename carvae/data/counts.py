@@ -29,6 +29,8 @@ CELLS_OF_A_FACTOR = 30
 """Cells whose totals have no common factor by chance."""
 CELLS_OF_ONES, GENES_OF_ONES = 30, 50
 """So many cells with so many genes each have counts of 1 unless scaled, and others unless cut to zero and one."""
+FEWEST_SCALED, SHARE_SCALED = 10, 0.02
+"""Cells without a count of 1, and their share of a block, from which on they are no chance."""
 FIRST_CELLS = 64
 """Cells by which a place is judged before all of it is read."""
 
@@ -188,9 +190,10 @@ def checked_blocks(
 
 
 def _refuse_scaled(block: sp.csr_matrix, total_N: npt.NDArray[np.int64]) -> None:
-    """Raise _CellError where most cells have no count of 1, as CPM that was rounded and then cut to some genes.
+    """Raise _CellError where some cells have no count of 1, as CPM that was rounded, of all samples or of one.
 
-    Cells of one total, and values with a common factor, are left to `refuse_totals`, which can say more.
+    Of 26,000 real cells with so many genes there is none. Cells of one total, and values with a common factor, are
+    left to `refuse_totals`, which can say more.
     """
     n_genes_N = np.diff(block.indptr)
     rich = np.flatnonzero(n_genes_N >= GENES_OF_ONES)
@@ -199,7 +202,7 @@ def _refuse_scaled(block: sp.csr_matrix, total_N: npt.NDArray[np.int64]) -> None
     filled = np.flatnonzero(n_genes_N)
     smallest = np.minimum.reduceat(block.data, block.indptr[filled])[n_genes_N[filled] >= GENES_OF_ONES]
     scaled = smallest > 1
-    if 2 * scaled.sum() <= len(rich):
+    if scaled.sum() < max(FEWEST_SCALED, SHARE_SCALED * len(rich)):
         return
     total = total_N[rich].astype(np.float64)
     if total.std() <= EQUAL_TOTALS_SPREAD * total.mean() or np.gcd.reduce(block.data.astype(np.int64)) > 1:

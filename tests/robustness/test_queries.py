@@ -285,6 +285,10 @@ FAKE = {
     "CPM": cpm,
     "CPM, rounded": lambda x: np.rint(cpm(x)),
     "CPM, rounded and cut to some genes": lambda x: np.rint(cpm(x)) * (np.arange(x.shape[1]) % 4 > 0),
+    "one cell in four CP10k, rounded": lambda x: np.where(
+        np.arange(len(x))[:, None] % 4 == 0, np.rint(cpm(x) / 100), x
+    ),
+    "cut to zero and one": lambda x: (x > 0).astype(np.float32),
     "Pearson residuals": lambda x: (x - x.mean(axis=0)) / np.sqrt(x.mean(axis=0) + x.mean(axis=0) ** 2 / 100 + 1),
     "scaled": scaled,
     "square root": np.sqrt,
