@@ -212,8 +212,6 @@ def test_an_interrupt_ends_training_as_any_command_and_tells_where_it_goes_on(
         train_here(world, tmp_path / "a", train=SHORT)
     assert "interrupted in epoch 2; the same command goes on from there" in caplog.text
     assert not (tmp_path / "a").exists()
-    train_here(world, tmp_path / "a", train=SHORT)
-    assert load(tmp_path / "a").bundle_id
 
 
 def test_a_run_that_goes_on_has_the_log_of_an_uninterrupted_one(world: World, tmp_path: Path) -> None:
