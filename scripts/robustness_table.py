@@ -39,7 +39,7 @@ They need `pip install 'carvae[test,dev]'`, and gcc on Linux for the first.
 | fuzzing by coverage (targets `hdf5 zarr mtx text bundle`) | `python scripts/fuzz.py --target hdf5 --seconds 1200` |
 | mutants of gene names, label tree, splits, calibration, bundle | `python scripts/mutation.py --per-file 40` |
 | 10,000 reads of a model beside writers of two others in its place | `python scripts/read_test.py` |
-| 50 users at once on the web page, with good and bad files | `python scripts/bench_app.py --model BUNDLE --users 50 --seconds 600` |
+| 50 users of the web page at once, good and bad files | `python scripts/bench_app.py --model BUNDLE` |
 | the tests where nothing but the loopback can be reached (Linux) | `bash scripts/no_network.sh -n 2 --dist loadfile` |
 | lowest and highest versions of Python and of what carvae needs | `python scripts/matrix.py --torch 2.13.0` |
 | lines that tests reach | `pytest -n 2 --dist loadfile --cov carvae --cov-report term-missing --cov-fail-under 90` |
