@@ -14,6 +14,7 @@ import typer
 
 from carvae import __version__, verbs
 from carvae.config import Config
+from carvae.data.atomic import inputs_kept
 from carvae.data.broken import MORE_MEMORY, too_little_memory, wanted
 from carvae.errors import CarvaeError, ConfigError
 from carvae.groups import hub, studies
@@ -89,7 +90,7 @@ def embed(settings: Config, query: Query, model: Model, out: Out) -> Job:
 
     return Job(
         lambda: predict.run(query, model, out, settings.predict, label=False),
-        lambda bundle: predict.refuse(bundle, query, model, out, settings.predict, label=False),
+        lambda bundle: predict.refuse(bundle, query, out, settings.predict, label=False),
         label=False,
     )
 
@@ -108,7 +109,7 @@ def annotate(
     asked = Asked(clones, settings.clones, settings.seed)
     job = Job(
         lambda: predict.run(query, model, out, settings.predict, label=True, asked=asked),
-        lambda bundle: predict.refuse(bundle, query, model, out, settings.predict, label=True),
+        lambda bundle: predict.refuse(bundle, query, out, settings.predict, label=True),
         asked=asked,
         written=lambda out: predict.written(out, label=True),
         rows=".samples.csv",
@@ -144,7 +145,7 @@ def plan(
 
     return Job(
         lambda: plan.run(query, model, out, settings.plan, settings.predict, settings.seed),
-        lambda bundle: plan.refuse(bundle, model, out),
+        lambda bundle: plan.refuse(bundle, out),
         rows=plan.TABLE,
     )
 
@@ -182,7 +183,7 @@ def explain(
 
     return Job(
         lambda: explain.run(query, model, out, settings.explain, settings.predict, settings.seed),
-        lambda bundle: explain.refuse(bundle, model, out),
+        lambda bundle: explain.refuse(bundle, out),
         rows=explain.GENES,
     )
 
@@ -200,7 +201,7 @@ def respond(
 
     return Job(
         lambda: respond.run(query, model, out, settings.predict, settings.seed),
-        lambda bundle: respond.refuse(bundle, model, out),
+        lambda bundle: respond.refuse(bundle, out),
         rows=".csv",
     )
 
@@ -294,7 +295,7 @@ def perturb(
 
     return Job(
         lambda: perturb.run(query, model, out, settings.perturb, settings.predict, settings.seed),
-        lambda bundle: perturb.refuse(bundle, model, out),
+        lambda bundle: perturb.refuse(bundle, out),
         rows=perturb.STATES,
     )
 
@@ -377,7 +378,8 @@ def demo(
 def main() -> None:
     """Run the command line; a CarvaeError becomes one sentence and exit code 1."""
     try:
-        app(prog_name="carvae")
+        with inputs_kept():
+            app(prog_name="carvae")
     except CarvaeError as error:
         _fail(str(error))
     except OSError as error:

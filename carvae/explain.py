@@ -77,7 +77,7 @@ def run(query: Path, model: Path, out: Path, config: ExplainConfig, predict: Pre
         The query, the model or a setting cannot be used; nothing is written then.
     """
     bundle = load_on(model, predict)
-    refuse(bundle, model, out)
+    refuse(bundle, out)
     assert bundle.tree is not None
     panels = Signatures.read(label_file(config.markers)).items
     cells = _read(query, bundle, config, predict, tuple(dict.fromkeys(g for p in panels for g in p.genes)), seed)
@@ -98,9 +98,9 @@ def run(query: Path, model: Path, out: Path, config: ExplainConfig, predict: Pre
     return out
 
 
-def refuse(bundle: Bundle, model: Path, out: Path) -> None:
+def refuse(bundle: Bundle, out: Path) -> None:
     """Raise what `run` would raise before it looks at the query."""
-    refuse_place(bundle, model, out, "explain")
+    refuse_place(bundle, out, "explain")
 
 
 def _read(

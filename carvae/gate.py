@@ -54,10 +54,12 @@ def judged(gate: Gate, a: Side, b: Side, table: pd.DataFrame) -> tuple[Check, ..
                     "itself is judged"
                 )
             checks.append(_check(figure, sample, (value, low, high), limit, gate, (a.name, reference)))
-    checks += _verdicts(gate, b) + _models(gate, a, b)
+    checks += _verdicts(gate, b)
     if not checks:
-        raise ConfigError("the gate has no limits; name at least one figure, as in configs/gates/release.yaml")
-    return tuple(checks)
+        raise ConfigError(
+            "the gate has no limits; name at least one figure or a worst_verdict, as in configs/gates/release.yaml"
+        )
+    return (*checks, *_models(gate, a, b))
 
 
 def _values(gate: Gate, b: Side, figure: str, table: pd.DataFrame) -> list[tuple[str, float, float, float]]:

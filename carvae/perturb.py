@@ -88,7 +88,7 @@ def run(query: Path, model: Path, out: Path, config: PerturbConfig, predict: Pre
         The query, the model or a setting cannot be used; nothing is written then.
     """
     bundle = load_on(model, predict)
-    refuse(bundle, model, out)
+    refuse(bundle, out)
     rng = np.random.default_rng((seed, 51))
     asked = _interventions(bundle, config)
     cells = _cells(open_samples(query, counts=predict.counts), bundle, config, predict, rng)
@@ -115,9 +115,9 @@ def run(query: Path, model: Path, out: Path, config: PerturbConfig, predict: Pre
     return out
 
 
-def refuse(bundle: Bundle, model: Path, out: Path) -> None:
+def refuse(bundle: Bundle, out: Path) -> None:
     """Raise what `run` would raise before it looks at the query."""
-    refuse_place(bundle, model, out, "perturb")
+    refuse_place(bundle, out, "perturb")
 
 
 def _interventions(bundle: Bundle, config: PerturbConfig) -> list[Intervention]:

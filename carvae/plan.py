@@ -43,7 +43,7 @@ def run(query: Path, model: Path, out: Path, config: PlanConfig, predict: Predic
         The query, the model or a setting cannot be used; nothing is written then.
     """
     bundle = load_on(model, predict)
-    refuse(bundle, model, out)
+    refuse(bundle, out)
     rng = np.random.default_rng(seed)
     sources = open_samples(query, counts=predict.counts)
     samples = Samples.of(sources, predict.sample)
@@ -61,9 +61,9 @@ def run(query: Path, model: Path, out: Path, config: PlanConfig, predict: Predic
     return out
 
 
-def refuse(bundle: Bundle, model: Path, out: Path) -> None:
+def refuse(bundle: Bundle, out: Path) -> None:
     """Raise what `run` would raise before it looks at the query."""
-    refuse_place(bundle, model, out, "plan")
+    refuse_place(bundle, out, "plan")
 
 
 def designs(

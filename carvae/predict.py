@@ -29,7 +29,6 @@ from carvae.data.spreadsheet import write_table
 from carvae.errors import BundleError, ConfigError, CountsError, ReadError
 from carvae.model.ahead import Behind
 from carvae.model.bundle import Bundle
-from carvae.model.bundle_files import check_outside
 from carvae.model.cell_clones import Asked, check_given
 from carvae.model.machine import load_on
 from carvae.model.query_pass import Pass
@@ -118,7 +117,7 @@ def run(
     """
     check_output(query, out)  # a name is looked at before a model is read
     bundle, asked = load_on(model, config), asked or Asked()
-    refuse(bundle, query, model, out, config, label=label)
+    refuse(bundle, query, out, config, label=label)
     try:
         _write(Pass(query, bundle, config, label=label, whole=False, asked=asked), model, out, progress)
     except CountsError:  # not where the first cells pointed to: all places are looked through
@@ -156,10 +155,9 @@ def _in_memory(
     return result
 
 
-def refuse(bundle: Bundle, query: Path, model: Path, out: Path, config: PredictConfig, *, label: bool) -> None:
+def refuse(bundle: Bundle, query: Path, out: Path, config: PredictConfig, *, label: bool) -> None:
     """Raise what `run` would raise before it looks at the query's cells."""
     check_output(query, out)
-    check_outside(out, model)
     _refuse_model(bundle, config, label)
 
 

@@ -16,13 +16,12 @@ import pandas as pd
 
 from carvae import __version__
 from carvae.config import Config, PredictConfig, label_file
-from carvae.data.atomic import replacing_file
+from carvae.data.atomic import refuse_model, replacing_file
 from carvae.data.readers import open_samples
 from carvae.data.results import TABLES
 from carvae.errors import CarvaeError, ConfigError, CountsError, GeneError, ReadError
 from carvae.labels.signatures import Signatures
 from carvae.model.bundle import Bundle, load
-from carvae.model.bundle_files import check_outside
 from carvae.page import (
     cellmap,
     certainty,
@@ -197,7 +196,7 @@ def refuse(annotated: Path, out: Path, model: Path | None) -> None:
         raise ConfigError(f"--out {str(out)!r} is no page; end it in .html")
     if out.is_dir():
         raise ConfigError(f"--out {str(out)!r} is a folder; name a file in it")
-    check_outside(out, model)
+    refuse_model(out)
     if annotated.suffix == ".zarr" and annotated.resolve() in out.resolve().parents:
         raise ConfigError(f"--out {str(out)!r} lies in the store that is reported on; choose another folder")
 

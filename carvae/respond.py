@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 
 from carvae.config import PredictConfig
-from carvae.data.atomic import replacing_file
+from carvae.data.atomic import refuse_model, replacing_file
 from carvae.data.patients import Floats, Patients
 from carvae.data.readers import CountsSource, open_samples
 from carvae.data.schema import inspect_obs, named_column, query_samples
@@ -23,7 +23,6 @@ from carvae.data.sheet import told_of_cells
 from carvae.data.spreadsheet import write_table
 from carvae.errors import BundleError, ConfigError, RespondError, SchemaError
 from carvae.model.bundle import Bundle
-from carvae.model.bundle_files import check_outside
 from carvae.model.machine import load_on
 from carvae.model.responder import Responder
 from carvae.model.response import Head
@@ -48,7 +47,7 @@ def run(query: Path, model: Path, out: Path, predict: PredictConfig, seed: int =
         The model predicts no outcomes, or the query cannot be used; nothing is written then.
     """
     bundle = load_on(model, predict)
-    refuse(bundle, model, out)
+    refuse(bundle, out)
     sources = open_samples(query, counts=predict.counts)
     obs = cells_of(sources, predict)
     described = described_query(bundle, sources, obs["sample"].to_numpy(str), predict, seed)
@@ -64,11 +63,11 @@ def run(query: Path, model: Path, out: Path, predict: PredictConfig, seed: int =
     return out
 
 
-def refuse(bundle: Bundle, model: Path, out: Path) -> None:
+def refuse(bundle: Bundle, out: Path) -> None:
     """Raise what `run` would raise before it looks at the query."""
     if not out.name.endswith((".csv", ".csv.gz")):
         raise ConfigError(f"--out {str(out)!r} is no table; end it in .csv or .csv.gz")
-    check_outside(out, model)
+    refuse_model(out)
     if bundle.responder is None and not bundle.decodes:
         raise BundleError(
             "this model was given away by `carvae export --share`, which leaves out what predicts outcomes, since that "

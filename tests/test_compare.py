@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,6 +17,7 @@ from trained import World, carvae
 
 from carvae.config import packaged
 from carvae.data.composition import fraction_interval
+from carvae.data.on_disk import readable_by_others
 from carvae.data.sides import first_axis, read_side
 from carvae.section_compare import Gate
 
@@ -289,7 +293,7 @@ def test_what_was_not_measured_is_not_kept_and_two_models_are_not_one(tmp_path: 
         ({"limits": {"x": {"min": 2, "max": 1}}}, "min 2 is above max 1"),
         ({"limits": {"fraction memry": {"min": 0}}}, "the nearest is 'fraction memory'"),
         ({"judge": "mean"}, "judge"),
-        ({"same_model": False}, "the gate has no limits"),
+        ({}, "the gate has no limits; name at least one figure or a worst_verdict"),
     ],
 )
 def test_a_wrong_gate_is_refused_before_anything_is_written(tmp_path: Path, gate: dict[str, Any], words: str) -> None:
@@ -304,6 +308,22 @@ def test_the_example_gate_is_valid() -> None:
     gate = Gate.read(packaged("gates/release.yaml"))
     assert gate.limits
     assert gate.worst_verdict == "with care"
+
+
+@pytest.mark.parametrize("ending", [".h5ad", ".zarr"])
+def test_a_file_that_was_filtered_since_has_no_table_any_more(world: World, tmp_path: Path, ending: str) -> None:
+    out = tmp_path / f"A{ending}"
+    assert carvae("annotate", world.query_path, "--model", world.bundle, "--out", out).code == 0
+    assert carvae("compare", out, out, "--out", tmp_path / "same").code == 0
+    annotated = (ad.read_h5ad if ending == ".h5ad" else ad.read_zarr)(out)
+    shutil.rmtree(out) if out.is_dir() else out.unlink()
+    few = annotated[:50].copy()
+    with readable_by_others(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of zarr's summary
+        few.write_h5ad(out) if ending == ".h5ad" else few.write_zarr(out)
+    answer = carvae("compare", tmp_path / "A.samples.csv", out, "--out", tmp_path / "other")
+    assert answer.code == 1
+    assert f"A{ending} has 50 cells, and A.samples.csv beside it is of {annotated.n_obs:,}; annotate" in answer.err
 
 
 def test_two_time_points_of_one_annotated_file(world: World, tmp_path: Path) -> None:

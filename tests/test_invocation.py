@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from trained import World, carvae
+from trained import World, carvae, sha256
 
 from carvae.invocation import OF_QUERIES
 
@@ -50,7 +50,7 @@ def test_a_labelled_map_takes_one_command(world: World, tmp_path: Path) -> None:
     for wrong, words in (
         (("--out", tmp_path / "A.csv"), "is a table of cells without counts"),
         (("--out", out, "--report", tmp_path / "A.pdf"), "is no page; end it in .html"),
-        (("--out", out, "--report", world.bundle / "A.html"), "is the model itself or lies in it"),
+        (("--out", out, "--report", world.bundle / "A.html"), "is a model or lies in one"),
         (("--out", "-"), "--out - prints a table; give --out A.h5ad"),
     ):
         for more in ((), ("--dry-run",)):
@@ -77,14 +77,49 @@ def test_a_labelled_map_takes_one_command(world: World, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("verb", ["embed", "annotate", "plan", "map", "explain", "perturb", "respond"])
-def test_no_verb_writes_into_the_model_that_it_reads(world: World, verb: str) -> None:
-    before = sorted(world.bundle.iterdir())
+def test_no_verb_writes_into_a_model(world: World, verb: str) -> None:
+    before = sha256(world.bundle)
     inside = world.bundle / ("A.csv" if verb in {"embed", "annotate", "respond"} else "more")
     for more in ((), ("--dry-run",)):
         answer = carvae(verb, world.query_path, "--model", world.bundle, "--out", inside, *more)
         assert answer.code == 1
-        assert "is the model itself or lies in it; choose another place" in answer.err
-    assert sorted(world.bundle.iterdir()) == before
+        assert "is a model or lies in one" in answer.err
+    assert sha256(world.bundle) == before
+
+
+def test_neither_do_verbs_without_a_model_nor_training(world: World, tmp_path: Path) -> None:
+    before = sha256(world.bundle)
+    table = tmp_path / "t.csv"
+    table.write_text("patient,timepoint,clone_id,cell_type\np,D0,c,x\n")
+    for words in (
+        ("clones", table, "--out", world.bundle),
+        ("compare", table, table, "--out", world.bundle / "in" / "it"),
+        ("train", world.config, f"output={world.bundle / 'inner'}"),
+        ("check", world.config, f"output={world.bundle / 'inner'}"),
+    ):
+        answer = carvae(*words)
+        assert answer.code == 1
+        assert "is a model or lies in one" in answer.err
+    assert sha256(world.bundle) == before
+    assert not world.bundle.with_name("inner.work").exists()
+
+
+def test_what_a_command_reads_is_never_written_over(world: World, tmp_path: Path) -> None:
+    sheet = tmp_path / "A.samples.csv"
+    names = sorted(world.query.obs["library_id"].astype(str).unique())
+    sheet.write_text("sample,patient\n" + "".join(f"{name},p{n}\n" for n, name in enumerate(names)))
+    table = tmp_path / "k" / "samples.csv"
+    table.parent.mkdir()
+    table.write_text("patient,timepoint,clone_id,cell_type\n" + "".join(f"p,D{d},c{d % 2},x\n" for d in (0, 7, 14)))
+    before = sha256(sheet), sha256(table)
+    annotated = ("annotate", world.query_path, "--model", world.bundle, "--out", tmp_path / "A.h5ad")
+    for words in ((*annotated, f"predict.sheet={sheet}"), ("clones", table, "--out", table.parent)):
+        answer = carvae(*words)
+        assert answer.code == 1
+        assert "is read by this command and would be overwritten; choose another output" in answer.err
+    assert (sha256(sheet), sha256(table)) == before
+    assert not (tmp_path / "A.h5ad").exists()
+    assert carvae(*annotated).code == 0, "a table of an earlier run is no input"
 
 
 def test_a_device_that_is_not_there_is_said(world: World, tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_what_cannot_be_shared_is_refused_and_nothing_is_left(world: World, tmp_
     (tmp_path / "file").write_text("mine")
     for out, words in (
         (world.bundle, "is the model itself or lies in it"),
-        (world.bundle / "inside", "is the model itself or lies in it"),
+        (world.bundle / "inside", "is a model or lies in one"),
         (tmp_path / "file", "is a file, and a model is a folder; choose another output"),
     ):
         answer = carvae("export", world.bundle, "--share", "--out", out)

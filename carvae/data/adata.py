@@ -75,7 +75,7 @@ class _Place:
         if self.turned is not None:
             yield _kept(self.turned, self.keep)
             return
-        with _store(self.path) as root:
+        with root_of(self.path) as root:
             matrix = stored_matrix(root[self.key], self.shape, self.where)
             if stored_by_gene(root[self.key]):
                 self.turned = matrix
@@ -87,7 +87,8 @@ def _kept(matrix: Matrix, keep: _Keep | None) -> Matrix:
 
 
 @contextmanager
-def _store(path: Path) -> Iterator[Node]:
+def root_of(path: Path) -> Iterator[Any]:
+    """The root of an .h5ad file or a zarr store, for reading."""
     if path.is_dir():
         yield zarr.open_group(path, mode="r", use_consolidated=False)  # a stale summary would hide what is stored
     else:
@@ -103,7 +104,7 @@ def open_anndata(path: Path, counts: str, name: str) -> Opened:
     ReadError, CountsError
         If a part is broken or hostile, or ``counts`` names a place that is not there.
     """
-    with _store(path) as root:
+    with root_of(path) as root:
         cells, var = _cells(root, path), _frame(root, "var", str(path))
         candidates, places = [], _places(root, path)
         for where in _chosen(places, counts, name):
@@ -175,14 +176,14 @@ class StoredCells:
 
     def names(self, cells: slice = ALL) -> np.ndarray[Any, np.dtype[np.object_]]:
         """Barcodes of some cells, in order."""
-        with _store(self.path) as root:
+        with root_of(self.path) as root:
             array = root[f"obs/{self.index}"]
             values = array.asstr()[cells] if isinstance(array, h5py.Dataset) else array[cells]
         return np.asarray(values, dtype=object)
 
     def frame(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
         """``obs``, its index the barcodes; or some of its columns, without barcodes."""
-        with _store(self.path) as root:
+        with root_of(self.path) as root:
             if columns is None:
                 return _frame(root, "obs", str(self.path))
             found = {column: _element(root["obs"][column], f"{self.path}/obs/{column}") for column in columns}

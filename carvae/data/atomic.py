@@ -29,10 +29,34 @@ REMOVALS = 40
 """How often a folder is removed into which threads of a writer that failed still write."""
 
 
+MODEL = ("model.json", "weights.safetensors", "card.md")
+"""A folder that holds these is a model."""
+_inputs: list[set[Path]] = []
+"""What the command that runs has read, where `inputs_kept`."""
+
+
+@contextmanager
+def inputs_kept() -> Iterator[None]:
+    """Refuse to write over what was read (`note_input`) until the block ends, as a command of the command line."""
+    _inputs.append(set())
+    try:
+        yield
+    finally:
+        _inputs.pop()
+
+
+def note_input(path: Path) -> None:
+    """Say that the command that runs reads a file."""
+    if _inputs:
+        _inputs[-1].add(Path(os.path.realpath(path)))
+
+
 @contextmanager
 def replacing_file(target: Path) -> Iterator[Path]:
     """Yield a scratch path beside ``target`` that becomes ``target`` if the block succeeds, and vanishes if not."""
     target = Path(os.path.realpath(target))  # a link stays a link: what it points to is replaced
+    if _inputs and target in _inputs[-1]:
+        raise ConfigError(f"{target} is read by this command and would be overwritten; choose another output")
     scratch = _scratch(target)
     try:
         yield scratch
@@ -152,8 +176,16 @@ def _host() -> str:
     return re.sub(r"\W", "-", socket.gethostname())
 
 
+def refuse_model(out: Path, *, itself: bool = True) -> None:
+    """Raise ConfigError where a place is a model, or lies in one; not ``itself`` where it is to be replaced."""
+    for folder in (out.resolve(), *out.resolve().parents)[0 if itself else 1 :]:
+        if all((folder / name).is_file() for name in MODEL):
+            raise ConfigError(f"{str(out)!r} is a model or lies in one, {folder}; choose another place for the output")
+
+
 def refuse_file(out: Path, verb: str) -> None:
-    """Raise ConfigError where the folder that a verb writes is a file."""
+    """Raise ConfigError where the folder that a verb writes is a file, or lies in a model."""
+    refuse_model(out)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {str(out)!r} is a file; {verb} writes its tables and pictures into a folder")
 

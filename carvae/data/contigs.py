@@ -17,14 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pandas as pd
-import zarr
 from anndata import AnnData
 from anndata.io import read_elem
 from numpy.typing import NDArray
 
+from carvae.data.adata import root_of
 from carvae.data.readers import PLAIN_NAMES
 from carvae.errors import ConfigError, ReadError
 
@@ -94,7 +93,7 @@ def beside(query: Path) -> list[Path]:
     if not query.exists():
         return []
     if query.suffix in STORES:
-        with _root(query) as root:
+        with root_of(query) as root:
             return [query] if RECEPTORS in root else []
     if query.is_dir() and (found := list(_below(query, 0))):
         return found
@@ -165,20 +164,11 @@ def _read(path: Path, root: Path) -> Receptors:
 
 def _read_anndata(path: Path) -> AnnData:
     """The cells and their receptors alone; of a MuData those of its part ``airr``."""
-    with _root(path) as root:
+    with root_of(path) as root:
         part = root["mod/airr"] if "mod/airr" in root else root
         if RECEPTORS not in part:
             raise ReadError(f'{path} has no obsm["airr"], so it is no file of scirpy; read the contigs with scirpy.io')
         return AnnData(obs=pd.DataFrame(index=read_elem(part["obs"]).index), obsm={"airr": read_elem(part[RECEPTORS])})
-
-
-@contextmanager
-def _root(path: Path) -> Iterator[Any]:
-    if path.is_dir():
-        yield zarr.open_group(path, mode="r", use_consolidated=False)
-    else:
-        with h5py.File(path, "r", locking="best-effort") as file:
-            yield file
 
 
 def _check_columns(path: Path, sep: str, needed: Sequence[str]) -> None:

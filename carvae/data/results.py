@@ -23,7 +23,7 @@ from anndata import AnnData
 from anndata.io import read_elem, write_elem
 from numpy.typing import NDArray
 
-from carvae.data.atomic import replacing_file, replacing_folder
+from carvae.data.atomic import refuse_model, replacing_file, replacing_folder
 from carvae.data.cells import hash_names
 from carvae.data.on_disk import Columns, make_plain, opened, plain, readable_by_others, replace_element, write_counts
 from carvae.data.palette import GREY, colours
@@ -145,6 +145,7 @@ def check_output(query: Path, out: Path) -> None:
     """Raise ConfigError where ``out`` cannot be written as asked."""
     if not out.name.endswith((".h5ad", ".zarr", *TABLES)):
         raise ConfigError(f"--out {str(out)!r} says no format; end it in .h5ad, .zarr, .csv or .csv.gz")
+    refuse_model(out)
     if out.exists() and query.exists() and out.resolve() == query.resolve():
         raise ConfigError(f"--out {str(out)!r} is the query itself; choose another name")
     store = any((query / name).is_file() for name in ZARR)

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from carvae.data.adata import root_of
 from carvae.data.composition import fraction_interval
 from carvae.data.contrast import Floats
 from carvae.data.diversity import SIZE_BINS
@@ -130,10 +131,28 @@ def _tables(path: Path) -> list[Path]:
         return [path]
     beside = samples_path(path)
     if beside.exists():
+        _check_current(path, beside)
         return [beside]
     if path.name.endswith(".csv"):
         return [path]
     raise ReadError(f"{path} has no table of samples beside it ({beside.name}); annotate it again, or give the table")
+
+
+def _check_current(path: Path, beside: Path) -> None:
+    """Raise ReadError where an annotated file has other cells than the table of samples beside it speaks of."""
+    if not path.name.endswith((".h5ad", ".zarr")):
+        return
+    try:
+        with root_of(path) as root:
+            n_cells = int(root["obs"][root["obs"].attrs["_index"]].shape[0])
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise ReadError(f"{path} cannot be read ({' '.join(str(error).split())}); annotate the query again") from None
+    n_told = int(_read(beside)["n_cells"].sum())
+    if n_cells != n_told:
+        raise ReadError(
+            f"{path} has {n_cells:,} cells, and {beside.name} beside it is of {n_told:,}; annotate the file again, or "
+            "give the table that fits"
+        )
 
 
 def _read(path: Path) -> pd.DataFrame:

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 import pandas as pd
 
+from carvae.data.atomic import note_input
 from carvae.data.schema import CONTRACT
 from carvae.errors import ReadError, refuse_stream
 
@@ -53,6 +54,7 @@ def read_table(path: Path, setting: str = "", text: Iterable[str] = (), samples:
         The file is not there, is no table, or is one of Excel.
     """
     refuse_stream(path)
+    note_input(path)
     try:
         head, first = _beginning(path)
         if head.startswith(WORKBOOK):

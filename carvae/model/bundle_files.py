@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from carvae.data.atomic import refuse_model
 from carvae.errors import BundleError, ConfigError
 
 FORMAT = 6
@@ -31,6 +32,7 @@ def check_place(path: Path, beside: Iterable[str] = ()) -> None:
     beside
         Names of files that may be in the folder besides those of a bundle.
     """
+    refuse_model(path, itself=False)
     if not path.exists():
         return
     if not path.is_dir():

@@ -22,7 +22,6 @@ from carvae.data.readers import CountsSource
 from carvae.data.schema import query_samples
 from carvae.errors import BundleError
 from carvae.model.bundle import Bundle
-from carvae.model.bundle_files import check_outside
 
 log = logging.getLogger(__name__)
 
@@ -167,18 +166,17 @@ def calls(
     return {axis: Calls(np.where(known_N, p_NS.argmax(1), UNKNOWN), p_NS.max(1)) for axis, p_NS in said.items()}
 
 
-def refuse_place(bundle: Bundle, model: Path, out: Path, verb: str) -> None:
+def refuse_place(bundle: Bundle, out: Path, verb: str) -> None:
     """Refuse what a verb that writes a folder about a model's labels cannot do.
 
     Raises
     ------
     ConfigError
-        ``out`` is a file, or lies in the folder ``model``.
+        ``out`` is a file, or lies in a model.
     BundleError
         The model has no labels.
     """
     refuse_file(out, verb)
-    check_outside(out, model)
     if bundle.tree is None:
         raise BundleError(f"this model was trained without labels, so there is nothing to {verb}")
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,10 @@ from typing import Any
 import h5py
 import numpy as np
 import pandas as pd
-import zarr
 from anndata.io import read_elem
 from numpy.typing import NDArray
 
+from carvae.data.adata import root_of
 from carvae.data.results import LATENT, made_before, samples_path
 from carvae.data.schema import query_obs
 from carvae.data.spreadsheet import neutral_text
@@ -149,8 +148,10 @@ def read_annotated(path: Path, clones: ClonesConfig) -> Annotated:
     """
     if not path.exists():
         raise ReadError(f"{path} does not exist")
+    if path.is_file() and not h5py.is_hdf5(path):
+        raise ReadError(f"{path} is no .h5ad and no zarr store; give what `carvae annotate` wrote")
     try:
-        with _root(path) as root:
+        with root_of(path) as root:
             obs, made, held = read_elem(root["obs"]), _made(root, path), _obsm(root, path)
     except (OSError, KeyError, ValueError) as error:
         raise ReadError(f"{path} cannot be read as AnnData: {' '.join(str(error).split())}") from None
@@ -172,17 +173,6 @@ def read_annotated(path: Path, clones: ClonesConfig) -> Annotated:
         samples=samples,
         samples_text=text,
     )
-
-
-@contextmanager
-def _root(path: Path) -> Iterator[Any]:
-    if path.is_dir():
-        yield zarr.open_group(path, mode="r", use_consolidated=False)
-        return
-    if not h5py.is_hdf5(path):
-        raise ReadError(f"{path} is no .h5ad and no zarr store; give what `carvae annotate` wrote")
-    with h5py.File(path, "r", locking="best-effort") as file:
-        yield file
 
 
 def _made(root: Any, path: Path) -> dict[str, Any]:
