@@ -68,10 +68,15 @@ def edited_bytes(content: bytes, choices: Choices) -> bytes:
     return bytes(data)
 
 
+MOST_COPIED = 10**7
+"""Characters that edits of a tree copy within it, at most."""
+
+
 def edited_tree(spec: Any, choices: Choices) -> Any:
     """JSON-like values with some replaced, removed, copied, renamed or added."""
     whole = {"": copy.deepcopy(spec)}
-    while choices.more:
+    copied = 0
+    while choices.more and copied < MOST_COPIED:
         holder, key = _walk(whole, choices)
         kind = choices.number() % 7
         value = holder[key]
@@ -84,11 +89,13 @@ def edited_tree(spec: Any, choices: Choices) -> Any:
             holder[key] = _nudged(value, choices)
         elif kind == 3:
             other, name = _walk(whole, choices)
+            copied += len(repr(other[name]))  # copies of copies would take all memory
             holder[key] = copy.deepcopy(other[name])
         elif kind == 4 and isinstance(holder, dict) and holder is not whole:
             holder[str(choices.pick(ODD_VALUES))] = holder.pop(key)
         elif kind == 5 and isinstance(value, list):
             value.append(copy.deepcopy(choices.pick(value) if value else None))
+            copied += len(repr(value[-1]))
         elif isinstance(value, dict):
             value[str(choices.pick(ODD_VALUES))] = copy.deepcopy(choices.pick(ODD_VALUES))
     return whole[""]
