@@ -148,7 +148,8 @@ def test_what_is_wrong_is_said_once_and_ends_all_processes(world: World, tmp_pat
     ran = started(tmp_path, prepared(world, tmp_path, "m", devices=2), "--quiet", "train.lr=1e30")
     assert ran.code == 1
     assert "lower train.lr" in ran.err
-    assert ran.err.count("\n") == 1, ran.err
+    said = [line for line in ran.err.splitlines() if "socket.cpp" not in line]  # of torch, where no name server is
+    assert len(said) == 1, ran.err
     assert not (tmp_path / "m").exists()
 
 
