@@ -122,11 +122,11 @@ def _with_report(job: Job, out: Path, page: Path, model: Path, settings: Config)
     from carvae.report import after, refuse
 
     def both() -> Path:
-        refuse(out, page, model)  # before any cell is labelled
+        refuse(out, page)  # before any cell is labelled
         return after(job.run(), page, model, settings)
 
     def refused(bundle: Bundle) -> None:
-        refuse(out, page, model)
+        refuse(out, page)
         job.refuse(bundle)
 
     return replace(job, run=both, refuse=refused, written=lambda out: [*job.written(out), page])

@@ -9,12 +9,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pandas as pd
-import zarr
 from anndata.io import read_elem
 
+from carvae.data.adata import root_of
 from carvae.data.atomic import refuse_file, replacing_file
 from carvae.data.clonotypes import own_clones
 from carvae.data.diversity import clonal_figures
@@ -153,11 +152,9 @@ def read_obs(source: Path, config: ClonesConfig) -> pd.DataFrame:
 
 def _read_file(source: Path, config: ClonesConfig) -> pd.DataFrame:
     try:
-        if source.suffix == ".h5ad":
-            with h5py.File(source, "r", locking="best-effort") as file:
-                return _frame(read_elem(file["obs"]))
-        if source.is_dir():
-            return _frame(read_elem(zarr.open_group(source, mode="r", use_consolidated=False)["obs"]))
+        if source.suffix == ".h5ad" or source.is_dir():
+            with root_of(source) as root:
+                return _frame(read_elem(root["obs"]))
     except (OSError, KeyError, ValueError) as error:
         raise ReadError(f"{source} cannot be read: {' '.join(str(error).split())}") from None
     if source.name.removesuffix(".gz").endswith((".csv", ".tsv")):

@@ -114,7 +114,7 @@ def run(
         The file was not annotated, or by another model; nothing is written then.
     """
     config, clones = config or ReportConfig(), clones or ClonesConfig()
-    refuse(annotated, out, model)
+    refuse(annotated, out)
     cells = read_annotated(annotated, clones)
     cells.author(config.label)
     bundle = None if model is None else _bundle(model, cells)
@@ -186,7 +186,7 @@ def _without_names(facts: Facts) -> Facts:
     )
 
 
-def refuse(annotated: Path, out: Path, model: Path | None) -> None:
+def refuse(annotated: Path, out: Path) -> None:
     """Raise what `run` refuses before it looks at the annotated file, which need not be there yet."""
     if annotated.name.endswith(TABLES):
         raise ReadError(

@@ -201,7 +201,7 @@ def _open_path(path: Path, counts: str, name: str) -> Opened:
     if not path.exists():
         raise ReadError(f"{path} does not exist")
     refuse_stream(path)
-    if _is_zarr(path):
+    if is_zarr(path):
         return open_anndata(path, counts, name)
     if parts := mtx_parts(path):
         if len(parts) == 1:
@@ -327,12 +327,13 @@ def _with_sample(source: CountsSource) -> CountsSource:
     return replace(source, cells=HeldCells(source.obs.assign(sample=pd.Categorical([source.name] * source.n_cells))))
 
 
-def _is_zarr(path: Path) -> bool:
+def is_zarr(path: Path) -> bool:
+    """Whether a folder is a zarr store."""
     return path.is_dir() and any((path / name).is_file() for name in ("zarr.json", ".zgroup", ".zattrs"))
 
 
 def _is_folder_of_samples(path: Path) -> bool:
-    return path.is_dir() and not _is_zarr(path) and len(mtx_parts(path)) != 1
+    return path.is_dir() and not is_zarr(path) and len(mtx_parts(path)) != 1
 
 
 def _find_samples(folder: Path, depth: int = 0) -> list[Path]:
@@ -350,7 +351,7 @@ def _find_samples(folder: Path, depth: int = 0) -> list[Path]:
         ):
             continue
         if entry.is_dir() and f"{entry.name}.h5" not in names:
-            if _is_zarr(entry):
+            if is_zarr(entry):
                 found.append(entry)
             elif depth < SEARCH_DEPTH:
                 found += _find_samples(entry, depth + 1)
@@ -361,7 +362,7 @@ def _find_samples(folder: Path, depth: int = 0) -> list[Path]:
 
 def _sample_name(path: Path, root: Path) -> str:
     """The folders and the file between ``root`` and the sample, without Cell Ranger's own names."""
-    stem = path.name if path.is_dir() and not _is_zarr(path) else _stem(path.name)
+    stem = path.name if path.is_dir() and not is_zarr(path) else _stem(path.name)
     words = [*path.relative_to(root).parts[:-1], stem]
     telling = [word for word in words if word and word not in PLAIN_NAMES]
     if telling:

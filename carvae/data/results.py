@@ -27,7 +27,7 @@ from carvae.data.atomic import refuse_model, replacing_file, replacing_folder
 from carvae.data.cells import hash_names
 from carvae.data.on_disk import Columns, make_plain, opened, plain, readable_by_others, replace_element, write_counts
 from carvae.data.palette import GREY, colours
-from carvae.data.readers import CountsSource
+from carvae.data.readers import CountsSource, is_zarr
 from carvae.data.spreadsheet import neutral, text_file
 from carvae.errors import ConfigError
 
@@ -35,8 +35,6 @@ log = logging.getLogger(__name__)
 
 LATENT = "X_carvae"
 TABLES = (".csv", ".csv.gz")
-ZARR = ("zarr.json", ".zgroup")
-"""A folder with one of these is a zarr store."""
 LATE_AT_ONCE = 1 << 16
 
 
@@ -148,8 +146,8 @@ def check_output(query: Path, out: Path) -> None:
     refuse_model(out)
     if out.exists() and query.exists() and out.resolve() == query.resolve():
         raise ConfigError(f"--out {str(out)!r} is the query itself; choose another name")
-    store = any((query / name).is_file() for name in ZARR)
-    if (store or not out.name.endswith(TABLES)) and query.is_dir() and query.resolve() in out.resolve().parents:
+    inside = query.is_dir() and query.resolve() in out.resolve().parents
+    if inside and (is_zarr(query) or not out.name.endswith(TABLES)):
         raise ConfigError(
             f"--out {str(out)!r} lies in the query and would be taken for a part of it; choose another folder"
         )
@@ -175,7 +173,7 @@ def earlier_columns(query: Path | AnnData) -> set[str]:
     """Columns of ``obs`` that an earlier run wrote into the query."""
     if isinstance(query, AnnData):
         return _columns(query.uns.get("carvae"))
-    if query.is_dir() and any((query / name).is_file() for name in ZARR):
+    if is_zarr(query):
         return _columns(made_before(zarr.open_group(query, mode="r", use_consolidated=False)))
     if query.suffix == ".h5ad":
         with h5py.File(query, "r", locking="best-effort") as file:

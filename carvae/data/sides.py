@@ -103,6 +103,8 @@ def read_side(path: Path, where: Mapping[str, str], setting: str, unit: str) -> 
         There is no such table, it is of another kind, or no row is left.
     """
     table = pd.concat([_read(file) for file in _tables(path)], ignore_index=True)
+    if path.name.endswith((".h5ad", ".zarr")):
+        _check_current(path, int(table["n_cells"].sum()))
     if twice := sorted(set(table["sample"][table["sample"].duplicated()])):
         raise SchemaError(f"{path} has sample {twice[0]!r} in two tables; keep one of them")
     for column, value in where.items():
@@ -131,27 +133,23 @@ def _tables(path: Path) -> list[Path]:
         return [path]
     beside = samples_path(path)
     if beside.exists():
-        _check_current(path, beside)
         return [beside]
     if path.name.endswith(".csv"):
         return [path]
     raise ReadError(f"{path} has no table of samples beside it ({beside.name}); annotate it again, or give the table")
 
 
-def _check_current(path: Path, beside: Path) -> None:
-    """Raise ReadError where an annotated file has other cells than the table of samples beside it speaks of."""
-    if not path.name.endswith((".h5ad", ".zarr")):
-        return
+def _check_current(path: Path, n_told: int) -> None:
+    """Raise ReadError where an annotated file has another number of cells than the table of samples beside it tells."""
     try:
         with root_of(path) as root:
             n_cells = int(root["obs"][root["obs"].attrs["_index"]].shape[0])
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise ReadError(f"{path} cannot be read ({' '.join(str(error).split())}); annotate the query again") from None
-    n_told = int(_read(beside)["n_cells"].sum())
     if n_cells != n_told:
         raise ReadError(
-            f"{path} has {n_cells:,} cells, and {beside.name} beside it is of {n_told:,}; annotate the file again, or "
-            "give the table that fits"
+            f"{path} has {n_cells:,} cells, and {samples_path(path).name} beside it is of {n_told:,}; annotate the "
+            "file again, or give the table that fits"
         )
 
 
