@@ -4,15 +4,17 @@ Axes: N cells, G genes, M non-zero counts, H hidden, P parts of H, C columns of 
 
 A cell's hidden values are a sum of weight rows, one per gene that it has: some 50,000 products and 200 kB of weights
 for 400 genes and 128 columns, so the time is that of reading weights. They are laid out in parts of `COLUMNS` columns,
-of which one (0.5 MB for 4,000 genes) stays in the processor's own cache while some cells go by, and one cell's sum of
-a part stays in registers from its first gene to its last. Numba keeps an array's values in memory, hence `_add_rows`.
+of which one (1 MB for 4,000 genes, half of it in bfloat16) stays in the processor's own cache while some cells go by,
+and one cell's sum of a part stays in registers from its first gene to its last. Numba keeps an array's values in
+memory, hence `_add_rows`. Rows begin where lines of the cache do, since PyTorch's memory does; else each of their
+vectors would be read from two lines, in half as much time again.
 
 The gradient of the weights is such a sum for each gene, of the gradients of the cells that have it.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -28,17 +30,19 @@ from torch.nn import functional
 
 from carvae.data.sparse import CountsCSR
 
-COLUMNS = 32
+COLUMNS = 64
+HALF = COLUMNS // 2
 CELLS_AT_ONCE = 256
 """Cells that go by one part of the weights: they outweigh bringing it into the cache."""
-LOGS = np.log1p(np.arange(256)).astype(np.float32)
-"""``log1p`` of small counts, which nearly all are."""
-CHAINS = 2
-"""Sums side by side, so that an addition need not wait for the one before."""
+LOGS = np.log1p(np.arange(4096)).astype(np.float32)
+"""``log1p`` of counts, but for the largest; a power of two of them."""
+
+LAYER_NORM_EPS = 1e-5
+"""PyTorch's."""
 
 
 class FixedLayer:
-    """``log1p(counts) @ weight + bias``, to be asked for many cells.
+    """``relu(layer_norm(log1p(counts) @ weight + bias))``, to be asked for many cells.
 
     Parameters
     ----------
@@ -51,12 +55,12 @@ class FixedLayer:
     def __init__(self, weight_GH: Tensor, bias_H: Tensor, dtype: torch.dtype) -> None:
         padded_GH = functional.pad(weight_GH.detach().to(dtype), (0, -weight_GH.shape[1] % COLUMNS))
         parts_PGC = torch.stack(torch.split(padded_GH, COLUMNS, dim=1))
-        self.parts_PGC = (parts_PGC.view(torch.uint16) if dtype == torch.bfloat16 else parts_PGC).numpy()
+        self.parts_PGC = (_in_words(parts_PGC) if dtype == torch.bfloat16 else parts_PGC).numpy()
         self.n_hidden = len(bias_H)
-        self.bias_PC = functional.pad(bias_H.detach(), (0, -self.n_hidden % COLUMNS)).view(-1, COLUMNS)
+        self.bias_H = functional.pad(bias_H.detach(), (0, -self.n_hidden % COLUMNS))
 
     def __call__(self, counts: CountsCSR) -> Tensor:
-        """Hidden values [N, H].
+        """Hidden activations [N, H].
 
         Raises
         ------
@@ -65,13 +69,13 @@ class FixedLayer:
         """
         if counts.n_genes != self.parts_PGC.shape[1]:
             raise ValueError(f"counts over {counts.n_genes} genes for weights of {self.parts_PGC.shape[1]}")
-        out_NPC = self.bias_PC.repeat(counts.n_cells, 1, 1)
+        out_NH = self.bias_H.repeat(counts.n_cells, 1)
         indptr_N, gene_M, count_M, out = (
-            tensor.numpy() for tensor in (counts.indptr_N, counts.gene_M, counts.count_M, out_NPC)
+            tensor.numpy() for tensor in (counts.indptr_N, counts.gene_M, counts.count_M, out_NH)
         )
 
         def some_cells(first: int, last: int) -> None:
-            _sums(indptr_N[first : last + 1], gene_M, count_M, self.parts_PGC, out[first:last])
+            _sums(indptr_N[first : last + 1], gene_M, count_M, self.parts_PGC, self.n_hidden, out[first:last])
 
         n_threads = min(torch.get_num_threads(), -(-counts.n_cells // CELLS_AT_ONCE))
         if n_threads <= 1:
@@ -80,7 +84,7 @@ class FixedLayer:
             bounds = np.linspace(0, counts.n_cells, n_threads + 1).astype(int)
             with ThreadPoolExecutor(n_threads) as pool:
                 list(pool.map(some_cells, bounds[:-1], bounds[1:]))
-        return out_NPC.flatten(1)[:, : self.n_hidden]
+        return out_NH[:, : self.n_hidden]
 
 
 def weight_gradient(counts: CountsCSR, value_M: Tensor, grad_NH: Tensor) -> Tensor:
@@ -100,30 +104,47 @@ def weight_gradient(counts: CountsCSR, value_M: Tensor, grad_NH: Tensor) -> Tens
     return out_GH[:, :n_hidden]
 
 
+def _in_words(parts_PGC: Tensor) -> Tensor:
+    """Two columns of bfloat16 in each word, [P, G, C / 2]: the halves of a part, the second in the lower bits."""
+    bits_PGC = parts_PGC.view(torch.int16).int()
+    return (bits_PGC[..., :HALF] << 16) | (bits_PGC[..., HALF:] & 0xFFFF)
+
+
 @intrinsic
-def _add_rows(typing: Any, row_GC: Any, gene_M: Any, value_M: Any, span: Any, out_C: Any) -> Any:
+def _add_rows(typing: Any, row_GC: Any, gene_M: Any, value_M: Any, logs: Any, span: Any, out_C: Any) -> Any:
     """``out_C += sum(value_M[j] * row_GC[gene_M[j]])`` over ``span[0] <= j < span[1]``, in registers.
 
-    Rows are float32, or the bits of bfloat16. Unlike numba's own indexing it checks nothing and takes no negative gene.
+    With ``logs``, ``value_M`` are counts, and their values are looked up there. Rows are float32, or words as of
+    `_in_words`. Unlike numba's own indexing it checks nothing and takes no negative gene.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        types_of = signature.args
-        rows, gene, value, out = (_data(context, builder, types_of[k], args[k]) for k in (0, 1, 2, 4))
-        start, stop = builder.extract_value(args[3], 0), builder.extract_value(args[3], 1)
-        loops = _Loops(builder, (rows, gene, value))
-        both = builder.add(start, builder.and_(builder.sub(stop, start), _I64(-CHAINS)))
-        place = builder.bitcast(out, _VECTOR.as_pointer())
-        nothing = ir.Constant(_VECTOR, [0.0] * COLUMNS)
-        chains = loops.over(start, both, [builder.load(place, align=4)] + [nothing] * (CHAINS - 1))
-        total = chains[0]
-        for chain in chains[1:]:
-            total = builder.fadd(total, chain)
-        (total,) = loops.over(both, stop, [total])
-        builder.store(total, place, align=4)
+        arrays = {
+            name: _data(context, builder, signature.args[k], args[k])
+            for k, name in enumerate(("rows", "gene", "value", "logs", "span", "out"))
+            if isinstance(signature.args[k], types.Array)
+        }
+        start, stop = (builder.extract_value(args[4], k) for k in (0, 1))
+        places = [builder.gep(builder.bitcast(arrays["out"], _VECTOR.as_pointer()), [_I64(k)]) for k in (0, 1)]
+        before, sums = builder.block, [builder.load(place, align=4) for place in places]
+        loop, after = builder.append_basic_block("loop"), builder.append_basic_block("after")
+        builder.cbranch(builder.icmp_signed("<", start, stop), loop, after)
+        builder.position_at_end(loop)
+        j, inside = builder.phi(_I64), [builder.phi(_VECTOR) for _ in sums]
+        added = _plus_row(builder, arrays, inside, j)
+        following = builder.add(j, _I64(1))
+        builder.cbranch(builder.icmp_signed("<", following, stop), loop, after)
+        builder.position_at_end(after)
+        ends = [builder.phi(_VECTOR) for _ in sums]
+        pairs = zip(inside + ends, sums * 2, added * 2, strict=True)
+        for phi, first, then in ((j, start, following), *pairs):
+            phi.add_incoming(first, before)
+            phi.add_incoming(then, loop)
+        for end, place in zip(ends, places, strict=True):
+            builder.store(end, place, align=4)
         return context.get_dummy_value()
 
-    return types.void(row_GC, gene_M, value_M, span, out_C), generate
+    return types.void(row_GC, gene_M, value_M, logs, span, out_C), generate
 
 
 def _data(context: Any, builder: Any, kind: Any, array: Any) -> Any:
@@ -132,50 +153,32 @@ def _data(context: Any, builder: Any, kind: Any, array: Any) -> Any:
 
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
-_VECTOR = ir.VectorType(ir.FloatType(), COLUMNS)
+_VECTOR, _WORDS = ir.VectorType(ir.FloatType(), HALF), ir.VectorType(_I32, HALF)
 
 
-class _Loops:
-    """Writes loops over a cell's genes."""
-
-    def __init__(self, builder: Any, arrays: tuple[Any, Any, Any]) -> None:
-        self.builder, (self.rows, self.gene, self.value) = builder, arrays
-
-    def over(self, start: Any, stop: Any, sums: list[Any]) -> list[Any]:
-        """Add the genes ``start`` to ``stop`` to the sums in turn; as many at a time as there are sums."""
-        builder, before = self.builder, self.builder.block
-        loop, after = builder.append_basic_block("loop"), builder.append_basic_block("after")
-        builder.cbranch(builder.icmp_signed("<", start, stop), loop, after)
-        builder.position_at_end(loop)
-        j, inside = builder.phi(_I64), [builder.phi(_VECTOR) for _ in sums]
-        added = [self._plus_row(total, builder.add(j, _I64(k))) for k, total in enumerate(inside)]
-        following = builder.add(j, _I64(len(sums)))
-        builder.cbranch(builder.icmp_signed("<", following, stop), loop, after)
-        builder.position_at_end(after)
-        ends = [builder.phi(_VECTOR) for _ in sums]
-        for phi, first, then in ((j, start, following), *zip(inside, sums, added, strict=True)):
-            phi.add_incoming(first, before)
-            phi.add_incoming(then, loop)
-        for phi, first, then in zip(ends, sums, added, strict=True):
-            phi.add_incoming(first, before)
-            phi.add_incoming(then, loop)
-        return ends
-
-    def _plus_row(self, total: Any, j: Any) -> Any:
-        builder, fused = self.builder, ("contract",)
-        gene = builder.zext(builder.load(builder.gep(self.gene, [j])), _I64)
-        place = builder.gep(self.rows, [builder.mul(gene, _I64(COLUMNS))])
-        is_float = self.rows.type.pointee == ir.FloatType()
-        stored = _VECTOR if is_float else ir.VectorType(ir.IntType(16), COLUMNS)
-        row = builder.load(builder.bitcast(place, stored.as_pointer()), align=2)
-        if not is_float:
-            words = ir.VectorType(_I32, COLUMNS)
-            wide = builder.shl(builder.zext(row, words), ir.Constant(words, [16] * COLUMNS))
-            row = builder.bitcast(wide, _VECTOR)
-        nothing = ir.Constant(_VECTOR, ir.Undefined)
-        value = builder.insert_element(nothing, builder.load(builder.gep(self.value, [j])), _I32(0))
-        value = builder.shuffle_vector(value, nothing, ir.Constant(ir.VectorType(_I32, COLUMNS), [0] * COLUMNS))
-        return builder.fadd(total, builder.fmul(value, row, flags=fused), flags=fused)
+def _plus_row(builder: Any, arrays: Mapping[str, Any], sums: Sequence[Any], j: Any) -> list[Any]:
+    """The two halves of the sum and of the row of entry ``j``, added."""
+    gene, value = (builder.load(builder.gep(arrays[name], [j])) for name in ("gene", "value"))
+    if "logs" in arrays:
+        value = builder.load(builder.gep(arrays["logs"], [builder.fptosi(value, _I64)]))
+    nothing = ir.Constant(_VECTOR, ir.Undefined)
+    every = builder.insert_element(nothing, value, _I32(0))
+    every = builder.shuffle_vector(every, nothing, ir.Constant(_WORDS, [0] * HALF))
+    rows, gene = arrays["rows"], builder.zext(gene, _I64)
+    if rows.type.pointee == ir.FloatType():
+        place = builder.bitcast(builder.gep(rows, [builder.mul(gene, _I64(COLUMNS))]), _VECTOR.as_pointer())
+        halves = [builder.load(builder.gep(place, [_I64(k)]), align=4) for k in (0, 1)]
+    else:
+        place = builder.bitcast(builder.gep(rows, [builder.mul(gene, _I64(HALF))]), _WORDS.as_pointer())
+        words = builder.load(place, align=4)
+        upper = builder.and_(words, ir.Constant(_WORDS, [-0x10000] * HALF))
+        lower = builder.shl(words, ir.Constant(_WORDS, [16] * HALF))
+        halves = [builder.bitcast(bits, _VECTOR) for bits in (upper, lower)]
+    fused = ("contract",)
+    return [
+        builder.fadd(total, builder.fmul(every, half, flags=fused), flags=fused)
+        for total, half in zip(sums, halves, strict=True)
+    ]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -184,35 +187,51 @@ def _sums(
     gene_M: NDArray[np.int32],
     count_M: NDArray[np.float32],
     parts_PGC: Any,
-    out_NPC: NDArray[np.float32],
+    n_hidden: int,
+    out_NH: NDArray[np.float32],
 ) -> None:
-    """Add the sums of their weight rows to some cells."""
-    n_cells = out_NPC.shape[0]
-    value_M, others_M = np.empty(0, np.float32), np.empty(0, np.int64)
+    """Add the sums of their weight rows to some cells, and activate them."""
+    n_cells = out_NH.shape[0]
     for first in range(0, n_cells, CELLS_AT_ONCE):
         last = min(first + CELLS_AT_ONCE, n_cells)
         start, stop = indptr_N[first], indptr_N[last]
-        if value_M.size < stop - start:
-            value_M, others_M = np.empty(stop - start, np.float32), np.empty(stop - start + 1, np.int64)
-        _logs(count_M[start:stop], value_M, others_M)
-        gene = gene_M[start:stop]
+        are_in_table = _are_in_table(count_M[start:stop])
+        value_M = np.empty(0, np.float32) if are_in_table else np.log1p(count_M[start:stop])
         for p in range(parts_PGC.shape[0]):
             for n in range(first, last):
-                _add_rows(parts_PGC[p], gene, value_M, (indptr_N[n] - start, indptr_N[n + 1] - start), out_NPC[n, p])  # type: ignore[call-arg]
+                row_C = out_NH[n, p * COLUMNS : (p + 1) * COLUMNS]
+                if are_in_table:
+                    _add_rows(parts_PGC[p], gene_M, count_M, LOGS, (indptr_N[n], indptr_N[n + 1]), row_C)  # type: ignore[call-arg]
+                else:
+                    span = (indptr_N[n] - start, indptr_N[n + 1] - start)
+                    _add_rows(parts_PGC[p], gene_M[start:stop], value_M, None, span, row_C)  # type: ignore[call-arg]
+        for n in range(first, last):
+            _activate(out_NH[n, :n_hidden])
 
 
 @njit(nogil=True, error_model="numpy")
-def _logs(count_M: NDArray[np.float32], value_M: NDArray[np.float32], others_M: NDArray[np.int64]) -> None:
-    """``log1p`` by the table, without a branch; then, where a count is not in it, by the function."""
-    n_others = 0
+def _are_in_table(count_M: NDArray[np.float32]) -> bool:
+    """Whether `LOGS` has the values of all of them."""
+    others = np.int32(0)  # in 32 bits throughout, else it makes no vector instructions
     for j in range(count_M.size):
-        number = np.int32(count_M[j])
-        small = np.uint32(number) if np.uint32(number) < np.uint32(LOGS.size) else np.uint32(0)
-        value_M[j] = LOGS[small]
-        others_M[n_others] = j
-        n_others += np.float32(small) != count_M[j]
-    for j in others_M[:n_others]:
-        value_M[j] = np.float32(math.log1p(count_M[j]))
+        number = np.int32(count_M[j])  # whatever it is of what does not fit
+        others |= (number & np.int32(-LOGS.size)) | np.int32(np.float32(number) != count_M[j])
+    return bool(others == 0)
+
+
+@njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})
+def _activate(row_H: NDArray[np.float32]) -> None:
+    """Layer norm and rectifier, as PyTorch's, while the row is at hand."""
+    total, squares, n = np.float32(0), np.float32(0), np.float32(row_H.size)
+    for h in range(row_H.size):
+        total += row_H[h]
+    mean = total / n
+    for h in range(row_H.size):
+        squares += (row_H[h] - mean) ** 2
+    scale = np.float32(1) / np.sqrt(squares / n + np.float32(LAYER_NORM_EPS))
+    for h in range(row_H.size):
+        normed = (row_H[h] - mean) * scale
+        row_H[h] = np.float32(0) if normed < 0 else normed  # what is no number stays none
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -245,4 +264,4 @@ def _sums_by_gene(
         for k in range(n_genes):
             row_C = out_GH[k, p * COLUMNS : (p + 1) * COLUMNS]
             row_C[:] = 0
-            _add_rows(parts_PNC[p], cell_M, ordered_M, (start_G[k], start_G[k + 1]), row_C)  # type: ignore[call-arg]
+            _add_rows(parts_PNC[p], cell_M, ordered_M, None, (start_G[k], start_G[k + 1]), row_C)  # type: ignore[call-arg]

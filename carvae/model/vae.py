@@ -70,14 +70,6 @@ class SparseLinear(nn.Module):
         """Hidden activations [N, H]."""
         return sparse_product(counts, counts.count_M.log1p(), self.weight_GH) + self.bias_H
 
-    def fixed(self, dtype: torch.dtype) -> Callable[[CountsCSR], Tensor]:
-        """As `forward` for many cells, without gradient; on a CPU the weights, laid out once, are in ``dtype``."""
-        if self.weight_GH.is_cuda:
-            return self.forward
-        from carvae.model.gather import FixedLayer  # numba is slow to import, and not needed to read a bundle
-
-        return FixedLayer(self.weight_GH, self.bias_H, dtype)
-
 
 class Encoder(nn.Module):
     """log1p counts to q(z|x)."""
@@ -105,13 +97,23 @@ class Encoder(nn.Module):
         variance_NK = self.log_variance(hidden_NH).to(dtype).exp() + VARIANCE_EPS
         return Posterior(self.mean(hidden_NH).to(dtype), variance_NK)
 
-    def mean_of(self, first_NH: Tensor) -> Tensor:
-        """Posterior mean [N, K] alone, from what the first layer made of the counts."""
-        return self.mean(self.later_layers(first_NH))  # type: ignore[no-any-return]
+    def fixed(self, dtype: torch.dtype) -> Callable[[CountsCSR], Tensor]:
+        """What gives posterior means [N, K] alone, to be asked for many cells, without gradient.
+
+        On a CPU the first layer's weights, laid out once, are in ``dtype``.
+        """
+        if self.first.weight_GH.is_cuda:
+            return lambda counts: self.mean(self.hidden(counts))
+        from carvae.model.gather import FixedLayer  # numba is slow to import, and not needed to read a bundle
+
+        first = FixedLayer(self.first.weight_GH, self.first.bias_H, dtype)
+        return lambda counts: self.mean(self._deeper_layers(first(counts)))
 
     def later_layers(self, hidden_NH: Tensor) -> Tensor:
         """Last hidden layer [N, H], from what the first layer gives."""
-        hidden_NH = self._activate(hidden_NH)
+        return self._deeper_layers(self._activate(hidden_NH))
+
+    def _deeper_layers(self, hidden_NH: Tensor) -> Tensor:
         for layer in self.layers:
             hidden_NH = self._activate(layer(hidden_NH))
         return hidden_NH
