@@ -6,6 +6,7 @@ Axes: N cells, K latent, S leaves of one label axis.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -58,11 +59,23 @@ class Labeller:
         self.bundle, self.config, self.label = bundle, config, label
         resolved = GeneTable.default().resolve(source.genes, source.gene_ids)
         self.alignment = bundle.align(resolved, config.min_overlap)
-        self.symbols = [str(symbol) for symbol in resolved.symbols]
-        self.unscored = [s.signature for s in coverage(self.symbols, bundle.signatures) if not s.scored]
-        columns = [np.flatnonzero(resolved.symbols == gene) for gene in MARKERS]
-        self.car = transgene_columns(source.genes, self.symbols, config.car.features)
-        self.markers = {gene: column for gene, column in zip(MARKERS, columns, strict=True) if column.size}
+        self.genes, self.symbols = source.genes, [str(symbol) for symbol in resolved.symbols]
+
+    @cached_property
+    def unscored(self) -> list[str]:
+        """Signatures of which too few genes are there."""
+        return [s.signature for s in coverage(self.symbols, self.bundle.signatures) if not s.scored]
+
+    @cached_property
+    def car(self) -> NDArray[np.intp]:
+        """Places of the CAR's features."""
+        return transgene_columns(self.genes, self.symbols, self.config.car.features)
+
+    @cached_property
+    def markers(self) -> dict[str, NDArray[np.intp]]:
+        """Marker -> its places."""
+        places = {gene: np.flatnonzero(np.asarray(self.symbols) == gene) for gene in MARKERS}
+        return {gene: at for gene, at in places.items() if at.size}
 
     def __call__(self, block: Checked) -> Labelled:
         """What is said of the cells of a block."""
