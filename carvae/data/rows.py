@@ -52,8 +52,12 @@ def moved(counts: sp.csr_matrix, column_G: Ints, n_columns: int) -> sp.csr_matri
     place_C = np.full(n_columns if some_meet else 0, -1, np.int64)
     out, column_G = (indptr_N, gene_M, value_M), column_G.astype(np.int32)
     n_values = _moved(counts.data, counts.indices, counts.indptr, column_G, place_C, out)
-    parts = value_M[:n_values], gene_M[:n_values], indptr_N  # the rest of the memory was never touched
-    return sp.csr_matrix(parts, shape=(counts.shape[0], n_columns))
+    # not through the constructor, which would copy: the rest of the memory was never touched
+    result = sp.csr_matrix((counts.shape[0], n_columns), dtype=counts.data.dtype)
+    wide = sp.get_index_dtype(maxval=max(n_values, n_columns))
+    result.data, result.indices = value_M[:n_values], gene_M[:n_values].astype(wide, copy=False)
+    result.indptr = indptr_N.astype(wide, copy=False)
+    return result
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
