@@ -263,7 +263,7 @@ def fit(cohort: Cohort, split: PatientSplit, config: Config, folder: Path) -> Fi
         data, rng = cohort.data(split.train, config), np.random.default_rng((config.seed, 4))
         fit_gene_view(network.head, data, split.train, list(cohort.allowed().values()), config.model, rng)
         if network.head.names:
-            fit_completion(network.head.completion, network.vae.encoder, data, split.train, rng)
+            fit_completion(network.head.completion, data, split.train, rng)
     return Fit(network, n_trained)
 
 

@@ -264,11 +264,11 @@ def test_what_is_no_bundle_is_told_so(tmp_path: Path) -> None:
 def test_a_newer_layout_is_refused_by_name(saved: Path) -> None:
     """Even where a later carvae hashes otherwise: the number is read first."""
     rewrite(saved, lambda spec: spec.update(format=99))
-    with pytest.raises(BundleError, match="has layout 99, newer than 6; upgrade carvae"):
+    with pytest.raises(BundleError, match="has layout 99, newer than 7; upgrade carvae"):
         load(saved)
     file = saved / "model.json"
     file.write_text(file.read_text().replace('"format": 99', '"format": 98'))
-    with pytest.raises(BundleError, match="has layout 98, newer than 6; upgrade carvae"):
+    with pytest.raises(BundleError, match="has layout 98, newer than 7; upgrade carvae"):
         load(saved)
 
 

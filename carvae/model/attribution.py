@@ -17,7 +17,6 @@ Axes: N cells, G genes, H hidden, S leaves of one label axis.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -66,8 +65,7 @@ class Attribution:
 
 def measured_share(network: Network, present_G: NDArray[np.bool_] | None) -> float:
     """Share of a cell's counts that the genes which were measured are expected to have."""
-    completion = network.head.completion
-    return float(completion.measured_share(completion.absent(present_G)))
+    return float(network.head.views(present_G).share)
 
 
 def baseline(panel: sp.csr_matrix, group_N: NDArray[np.integer], min_cells: int, share: float = 1.0) -> Baseline:
@@ -123,10 +121,10 @@ def attribute(network: Network, asked: Asked, start: Baseline) -> Attribution:
     cells = CountsCSR.from_scipy(asked.panel).to(view.device)
     leaf_N1 = torch.from_numpy(np.asarray(asked.leaf_N, np.int64)).to(view.device)[:, None]
     log1p_NG = cells.dense(cells.count_M.log1p())
-    value_NG = cells.dense(log_normalised(cells, view.share))
+    value_NG = cells.dense(log_normalised(cells, view.views.share))
     from_G, value_from_G = (torch.from_numpy(x).to(view.device) for x in (start.log1p_G, start.normalised_G))
     with torch.no_grad():
-        weight_N1 = network.head.gene_weight(cells, view.absent_A)
+        weight_N1 = network.head.gene_weight(cells, view.views)
         gene_GS = view.gene_weight()
         gene_NG = weight_N1 * (value_NG - value_from_G) * gene_GS.t()[leaf_N1[:, 0]]
         first_NH, from_NH = view.first(log1p_NG), view.first(from_G[None]).expand(len(log1p_NG), -1)
@@ -147,16 +145,16 @@ class _Views:
     def __init__(self, network: Network, axis: str, present_G: NDArray[np.bool_] | None) -> None:
         self.network, self.device = network, network.vae.device
         self.classifier = network.head.axes[network.head.names.index(axis)]
-        self.absent_A = network.head.completion.absent(present_G)
-        self.share = measured_share(network, present_G)
+        self.views = network.head.views(present_G)
+        self.weight_GF, self.bias_F = self.views.weights[network.head.names.index(axis)]
 
     def gene_weight(self) -> Tensor:
         """[G, S]."""
-        return self._centred(self.classifier.get_buffer("gene_weight_GF") @ self.classifier.get_buffer("parts_SF").t())
+        return self._centred(self.weight_GF @ self.classifier.get_buffer("parts_SF").t())
 
     def gene_bias(self) -> Tensor:
         """[S]."""
-        return self._centred(self.classifier.get_buffer("gene_bias_F") @ self.classifier.get_buffer("parts_SF").t())
+        return self._centred(self.bias_F @ self.classifier.get_buffer("parts_SF").t())
 
     def first(self, log1p_NG: Tensor) -> Tensor:
         """What the encoder's first layer gives, [N, H]."""
@@ -165,13 +163,9 @@ class _Views:
 
     def through(self, first_NH: Tensor, weight_N1: Tensor) -> Tensor:
         """What comes of the first layer by way of the latent coordinates, [N, S]."""
-        encoder, head = self.network.vae.encoder, self.network.head
+        encoder = self.network.vae.encoder
         z_NK = encoder.mean(encoder.later_layers(first_NH))
-        through_NS = (1 - weight_N1) * self.classifier(z_NK)
-        if self.absent_A is not None:
-            expected: Any = self.classifier.expected_logits
-            through_NS = through_NS + weight_N1 * expected(head.completion, z_NK, self.absent_A)
-        return self._centred(through_NS)
+        return self._centred((1 - weight_N1) * self.classifier(z_NK))
 
     @staticmethod
     def _centred(logits_NS: Tensor) -> Tensor:

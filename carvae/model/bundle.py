@@ -356,10 +356,10 @@ def _network(
         if decodes:
             network.vae.decoder.add_rows({name: torch.empty(len(d), config.n_hidden) for name, d in mapped.items()})
     if spec["format"] < COMPLETES:
-        n_genes, n_latent = len(weights["vae.encoder.first.weight_GH"]), len(weights["vae.encoder.mean.weight"])
-        nothing = Completion(n_genes if parts else 0, n_latent).state_dict()
-        weights = weights | {f"head.completion.{name}": tensor for name, tensor in nothing.items()}
-        weights["head.depth_power"] = torch.ones(())
+        nothing = Completion(len(weights["vae.encoder.first.weight_GH"]) if parts else 0).state_dict()
+        gone = {"slope_KG", "centre_K"}  # layout 6 expected genes by the latent space; their means are kept
+        kept = {name: tensor for name, tensor in weights.items() if name.rpartition(".")[2] not in gone}
+        weights = {"head.depth_power": torch.ones(())} | {f"head.completion.{k}": v for k, v in nothing.items()} | kept
     network.load_state_dict(weights, assign=True)
     return network
 

@@ -13,10 +13,10 @@ from typing import Any
 from carvae.data.atomic import refuse_model
 from carvae.errors import BundleError, ConfigError
 
-FORMAT = 6
+FORMAT = 7
 """Version of the bundle's layout. Older layouts stay loadable; a newer one is refused by name."""
-COMPLETES = 6
-"""Layout from which on a model knows what to expect of genes that a query did not measure."""
+COMPLETES = 7
+"""Layout from which on a model knows what genes that a query measured tell of those that it did not."""
 FILES = ("weights.safetensors", "card.md", "metrics.json")
 TEXTS = (".md", ".json")
 NO_HASH = "0" * 64

@@ -1,34 +1,39 @@
-"""What is expected of genes that a query did not measure, given the latent coordinates of its cells.
+"""What is expected of genes that a query did not measure, given those that it did.
 
 The head's view of the genes sums weight times value over all genes. Where an assay lacks some of them, zeros in their
-place would be evidence for the states that do not express them. Their expected value stands there instead: a ridge
-regression of each gene's value on the latent coordinates, learned from the training cells. Of a cell the sum over its
-missing genes is then linear in its coordinates, so that it costs a product with a small matrix.
+place would be evidence for the states that do not express them. Their expected value stands there instead, by a factor
+model of the training cells: values are a mean, plus `N_FACTORS` common factors times each gene's loadings, plus noise
+of each gene's own. The factors of a cell are read from the genes that are there (the regression estimate, Thomson
+1951), and the expected values of the others follow. All of it is linear, so that the weights of absent genes are
+carried over to those that were measured, once per query, and cells cost what they did.
 
-Axes: N cells, G genes, A absent genes, K latent, F parts of the leaves, S studies, P sets of studies.
+Half of the weight in the model is the cells', and half that of the labelled ones, each label having the same: else what
+is expected is what is common, and the rare states suffer.
+
+Axes: N cells, G genes, A absent genes, R factors, F parts of the leaves, S studies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.linalg import eigh
 from torch import Tensor, nn
 
 from carvae.data.loader import CellData, MinibatchLoader
 from carvae.data.sparse import CountsCSR
-from carvae.model.vae import Encoder
 
 COUNTS_PER_CELL = 1e4
 """Depth to which the gene view scales a cell before it takes logarithms."""
-MAX_CELLS = 50_000
+MAX_CELLS = 20_000
 """Training cells that are used, drawn at random where there are more."""
 CELLS_AT_A_TIME = 1024
-RIDGE = 0.01
-"""Penalty of the squared slopes per cell; latent coordinates have a variance near 1."""
+N_FACTORS = 100
+LEAST_NOISE = 1e-4
+"""Least variance of a gene beside its factors."""
 LEAST_SHARE = 0.01
 """The measured genes are never taken to have less of a cell's counts."""
 ROUNDS = 10
@@ -47,12 +52,12 @@ def log_normalised(counts: CountsCSR, share: float | Tensor = 1.0) -> Tensor:
 class Completion(nn.Module):
     """Expected values of genes; nothing is expected until `fit_completion` has seen the training cells."""
 
-    def __init__(self, n_genes: int, n_latent: int) -> None:
+    def __init__(self, n_genes: int) -> None:
         super().__init__()
         self.register_buffer("share_G", torch.zeros(n_genes))
         self.register_buffer("mean_G", torch.zeros(n_genes))
-        self.register_buffer("slope_KG", torch.zeros(n_latent, n_genes))
-        self.register_buffer("centre_K", torch.zeros(n_latent))
+        self.register_buffer("loading_GR", torch.zeros(n_genes, min(n_genes, N_FACTORS)))
+        self.register_buffer("noise_G", torch.ones(n_genes))
 
     def absent(self, present_G: NDArray[np.bool_] | None) -> Tensor | None:
         """Places of the genes that were not measured; None where all were, and where nothing is expected yet."""
@@ -67,27 +72,37 @@ class Completion(nn.Module):
             return 1.0
         return (1 - self.get_buffer("share_G")[absent_A].sum()).clamp(min=LEAST_SHARE)
 
-    def logits(self, z_NK: Tensor, absent_A: Tensor, weight_GF: Tensor) -> Tensor:
-        """The sum over absent genes of expected value times weight, [N, F]."""
-        weight_AF = weight_GF[absent_A]
-        slope_KF = self.get_buffer("slope_KG")[:, absent_A] @ weight_AF
-        return self.get_buffer("mean_G")[absent_A] @ weight_AF + (z_NK - self.get_buffer("centre_K")) @ slope_KF
+    def carried(self, absent_A: Tensor, weight_GF: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights [G, F] and what to add to their bias [F], of which nothing is left at the absent genes.
+
+        With them the sum over the measured genes is that over all, of values and of expected values. With loadings L,
+        noise P and factors of unit variance, those of a cell are ``(I + L' P^-1 L)^-1 L' P^-1 (value - mean)``, all
+        over the measured genes.
+        """
+        mean_G, loading_GR, noise_G, weight_GF64 = (
+            x.double() for x in (*map(self.get_buffer, ("mean_G", "loading_GR", "noise_G")), weight_GF)
+        )
+        present_G1 = torch.ones_like(noise_G)[:, None]
+        present_G1[absent_A] = 0
+        read_GR = present_G1 * loading_GR / noise_G[:, None]
+        precision_RR = torch.eye(loading_GR.shape[1], dtype=torch.float64, device=mean_G.device)
+        precision_RR += read_GR.t() @ loading_GR
+        absent_RF = loading_GR[absent_A].t() @ weight_GF64[absent_A]
+        more_GF = read_GR @ torch.linalg.solve(precision_RR, absent_RF)
+        bias_F = mean_G[absent_A] @ weight_GF64[absent_A] - mean_G @ more_GF
+        return (present_G1 * weight_GF64 + more_GF).to(weight_GF.dtype), bias_F.to(weight_GF.dtype)
 
 
 @torch.no_grad()
-def fit_completion(
-    completion: Completion, encoder: Encoder, data: CellData, rows: NDArray[np.int64], rng: np.random.Generator
-) -> None:
-    """Learn the expected values, in place, from the training cells in ``rows``.
+def fit_completion(completion: Completion, data: CellData, rows: NDArray[np.int64], rng: np.random.Generator) -> None:
+    """Learn the factor model, in place, from the training cells in ``rows``, by principal components.
 
-    A gene is learned from the studies that measured it.
+    A gene is learned from the studies that measured it, and two of them together from those that measured both.
 
     Parameters
     ----------
     completion
         What is fitted.
-    encoder
-        Trained, on the CPU.
     data
         All cells, on the CPU.
     rows
@@ -104,17 +119,34 @@ def fit_completion(
     if data.unmeasured_SG is not None:
         unmeasured_SG = data.unmeasured_SG[np.unique(study_N)]
     share_G, measured_S = _shares(data, studies, unmeasured_SG)
-    sums = [_Sums.of(data, own, encoder, float(share)) for own, share in zip(studies, measured_S, strict=True)]
-    centre_K = _Sums.joined(sums).z_K / rows.size
-    completion.get_buffer("share_G").copy_(share_G)
-    completion.get_buffer("centre_K").copy_(centre_K)
-    sets_PS, set_G = torch.unique(~unmeasured_SG, dim=1, return_inverse=True)
-    for p in range(sets_PS.shape[1]):
-        chosen, genes_A = [s for s, has in zip(sums, sets_PS[:, p].tolist(), strict=True) if has], set_G == p
-        if chosen:
-            mean_A, slope_KA = _regression(_Sums.joined(chosen), genes_A, centre_K)
-            completion.get_buffer("mean_G")[genes_A] = mean_A.float()
-            completion.get_buffer("slope_KG")[:, genes_A] = slope_KA.float()
+    cells = _Cells(data, studies, measured_S, ~unmeasured_SG, _weights(data, rows))
+    mean_G, covariance_GG = cells.moments()
+    loading_GR = _loadings(covariance_GG, completion.get_buffer("loading_GR").shape[1])
+    noise_G = (covariance_GG.diagonal() - loading_GR.square().sum(1)).clamp(min=LEAST_NOISE)
+    for name, value in (("share_G", share_G), ("mean_G", mean_G), ("loading_GR", loading_GR), ("noise_G", noise_G)):
+        completion.get_buffer(name).copy_(value)
+
+
+def _weights(data: CellData, rows: NDArray[np.int64]) -> Tensor:
+    """Weight of every cell of ``data``, which for ``rows`` sum to 1, float64: half by cell, half by label."""
+    code_N = data.code_NA[rows, 0]
+    labelled_N = code_N >= 0
+    weight_N = torch.full((len(rows),), 1 / len(rows), dtype=torch.float64)
+    if labelled_N.any():
+        _, label_N, n_L = torch.unique(code_N[labelled_N], return_inverse=True, return_counts=True)
+        weight_N /= 2
+        weight_N[labelled_N] += 1 / (2 * len(n_L) * n_L[label_N].double())
+    whole_N = torch.zeros(len(data.code_NA), dtype=torch.float64)
+    whole_N[torch.from_numpy(rows)] = weight_N
+    return whole_N
+
+
+def _loadings(covariance_GG: Tensor, n_factors: int) -> Tensor:
+    """Leading eigenvectors times the roots of their eigenvalues, [G, R]."""
+    n_genes = len(covariance_GG)
+    value_R, vector_GR = eigh(covariance_GG.numpy(), subset_by_index=[n_genes - n_factors, n_genes - 1])
+    # pairs of genes that no study measured together may leave a matrix with eigenvalues below zero
+    return torch.from_numpy(vector_GR * np.sqrt(np.maximum(value_R, 0)))
 
 
 def _shares(data: CellData, studies: list[NDArray[np.int64]], unmeasured_SG: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,39 +172,39 @@ def _mean_share(data: CellData, rows: NDArray[np.int64], n_genes: int) -> Tensor
     return total_G / rows.size
 
 
-@dataclass(frozen=True, slots=True)
-class _Sums:
-    """Over cells, float64: what a regression of the genes' values on the latent coordinates needs."""
+class _Cells:
+    """The values of the training cells, some at a time, study by study."""
 
-    n: int
-    z_K: Tensor
-    zz_KK: Tensor
-    value_G: Tensor
-    zvalue_KG: Tensor
+    def __init__(
+        self,
+        data: CellData,
+        studies: list[NDArray[np.int64]],
+        share_S: Tensor,
+        measured_SG: Tensor,
+        weight_N: Tensor,
+    ) -> None:
+        self.data, self.studies, self.share_S, self.weight_N = data, studies, share_S, weight_N
+        self.measured_SG = measured_SG.double()
 
-    @classmethod
-    def of(cls, data: CellData, rows: NDArray[np.int64], encoder: Encoder, share: float) -> _Sums:
-        """Of the cells of a study whose genes have a ``share`` of the counts over all."""
-        parts = []
-        for batch in MinibatchLoader(data, rows, CELLS_AT_A_TIME):
-            counts = batch.counts
-            z_NK = encoder(counts).mean_NK.double()
-            value_NG = counts.dense(log_normalised(counts, share).double())
-            parts.append(cls(counts.n_cells, z_NK.sum(0), z_NK.t() @ z_NK, value_NG.sum(0), z_NK.t() @ value_NG))
-        return cls.joined(parts)
+    def values(self, s: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Values [N, G] of the cells of a study, and their weights [N]."""
+        own = self.studies[s]
+        for start in range(0, own.size, CELLS_AT_A_TIME):
+            rows = own[start : start + CELLS_AT_A_TIME]
+            (batch,) = MinibatchLoader(self.data, rows, rows.size)
+            value_NG = batch.counts.dense(log_normalised(batch.counts, float(self.share_S[s])).double())
+            yield value_NG, self.weight_N[torch.from_numpy(rows)]
 
-    @classmethod
-    def joined(cls, parts: Sequence[_Sums]) -> _Sums:
-        """Over the cells of all."""
-        n = sum(part.n for part in parts)
-        return cls(n, *(sum(getattr(part, f.name) for part in parts) for f in fields(cls)[1:]))
-
-
-def _regression(sums: _Sums, genes_G: Tensor, centre_K: Tensor) -> tuple[Tensor, Tensor]:
-    """Expected value [A] of the chosen genes at ``centre_K``, and its slopes [K, A]."""
-    mean_K, mean_A = sums.z_K / sums.n, sums.value_G[genes_G] / sums.n
-    spread_KK = sums.zz_KK - sums.n * torch.outer(mean_K, mean_K)
-    together_KA = sums.zvalue_KG[:, genes_G] - sums.n * torch.outer(mean_K, mean_A)
-    penalty_KK = RIDGE * sums.n * torch.eye(mean_K.numel(), dtype=torch.float64)
-    slope_KA = torch.linalg.solve(spread_KK + penalty_KK, together_KA)
-    return mean_A + (centre_K - mean_K) @ slope_KA, slope_KA
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Weighted mean [G] and covariance [G, G], each over the studies that measured the genes."""
+        n = range(len(self.studies))
+        weight_S = torch.stack([self.weight_N[torch.from_numpy(own)].sum() for own in self.studies])
+        sum_SG = torch.stack([sum(weight_N @ value_NG for value_NG, weight_N in self.values(s)) for s in n])  # type: ignore[misc]
+        mean_G = (self.measured_SG * sum_SG).sum(0) / (weight_S @ self.measured_SG).clamp(min=1e-12)
+        product_GG = torch.zeros(len(mean_G), len(mean_G), dtype=torch.float64)
+        for s in n:
+            for value_NG, weight_N in self.values(s):
+                centred_NG = ((value_NG - mean_G) * self.measured_SG[s] * weight_N.sqrt()[:, None]).float()
+                product_GG += centred_NG.t() @ centred_NG  # sums of a thousand cells are exact enough
+        together_GG = self.measured_SG.t() @ (weight_S[:, None] * self.measured_SG)
+        return mean_G, product_GG / together_GG.clamp(min=1e-12)

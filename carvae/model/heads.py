@@ -7,8 +7,11 @@ one axis.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from carvae.config import ModelConfig
@@ -22,6 +25,18 @@ DEPTH_POWER = 2.0
 """1 in bundles before layout 6."""
 
 
+@dataclass(frozen=True, slots=True)
+class GeneViews:
+    """The gene views of all label axes over the genes that were measured in a query."""
+
+    weights: tuple[tuple[Tensor, Tensor], ...]
+    """Weight [G, F] and bias [F] of each axis."""
+    share: Tensor | float
+    """Of a cell's counts over all genes, what those that were measured have."""
+    measured: float
+    """Share of the genes."""
+
+
 class StateHead(nn.Module):
     """Latent coordinates and genes to leaf probabilities, one softmax per axis of the label tree.
 
@@ -30,9 +45,8 @@ class StateHead(nn.Module):
     In it the genes of a cell with n counts over the panel weigh r^2 / (r^2 + `EVEN_AT`^2), r being n over the median of
     the labelled training cells: the fewer the counts, the more the latent space is asked, which knows shallow cells.
 
-    Genes that were not measured are expected to be as in training cells of the same latent coordinates (`Completion`).
-    The latent space, whose encoder reads zeros there, weighs less then, by the square of the share of genes that were
-    measured.
+    Genes that were not measured are expected from those that were (`Completion`). The latent space, whose encoder reads
+    zeros there, weighs less then, by the square of the share of genes that were measured.
 
     A leaf's logit is the sum over its parts (`Axis.parts`: the nodes above it and the words of its name), so that a
     state with few cells is learned from those that share a part with it.
@@ -56,31 +70,33 @@ class StateHead(nn.Module):
         self.axes = nn.ModuleList(_PartsClassifier(parts_SF, n_genes, config) for parts_SF in parts.values())
         self.register_buffer("inverse_depth", torch.zeros(()))
         self.register_buffer("depth_power", torch.full((), DEPTH_POWER))
-        self.completion = Completion(n_genes if parts else 0, config.n_latent)
+        self.completion = Completion(n_genes if parts else 0)
 
-    def forward(self, z_NK: Tensor, counts: CountsCSR, absent_A: Tensor | None = None) -> dict[str, Tensor]:
-        """Log probability of each leaf by both views, [N, S] for every axis; ``absent_A`` were not measured."""
+    def views(self, present_G: NDArray[np.bool_] | None = None) -> GeneViews:
+        """The gene views where ``present_G`` were measured, by default all genes; to be made once per query."""
+        absent_A = self.completion.absent(present_G)
+        weights = tuple(axis.gene_view(self.completion, absent_A) for axis in self.axes)  # type: ignore[operator]
+        measured = 1.0 if absent_A is None or present_G is None else float(present_G.mean())
+        return GeneViews(weights, self.completion.measured_share(absent_A), measured)
+
+    def forward(self, z_NK: Tensor, counts: CountsCSR, views: GeneViews | None = None) -> dict[str, Tensor]:
+        """Log probability of each leaf by both views, [N, S] for every axis."""
         if not self.names:
             return {}
+        views = views or self.views()
         latent = self.latent_view(z_NK)
-        share = self.completion.measured_share(absent_A)
-        value_M, weight_N1 = log_normalised(counts, share), self.gene_weight(counts, absent_A)
+        value_M, weight_N1 = log_normalised(counts, views.share), self.gene_weight(counts, views)
         answer = {}
-        for (name, latent_NS), classifier in zip(latent.items(), self.axes, strict=True):
-            gene_NS = classifier.gene_logits(counts, value_M)  # type: ignore[operator]
-            if absent_A is not None:
-                gene_NS = gene_NS + classifier.expected_logits(self.completion, z_NK, absent_A)  # type: ignore[operator]
-            gene_NS = torch.log_softmax(gene_NS, 1)
+        for (name, latent_NS), classifier, view in zip(latent.items(), self.axes, views.weights, strict=True):
+            gene_NS = torch.log_softmax(classifier.gene_logits(counts, value_M, view), 1)  # type: ignore[operator]
             answer[name] = torch.log_softmax(torch.lerp(latent_NS, gene_NS, weight_N1), 1)
         return answer
 
-    def gene_weight(self, counts: CountsCSR, absent_A: Tensor | None) -> Tensor:
+    def gene_weight(self, counts: CountsCSR, views: GeneViews) -> Tensor:
         """Weight of the genes in the answer, [N, 1]; none until the gene view is fitted."""
-        share = self.completion.measured_share(absent_A)
-        relative_N1 = (counts.library_N() / share * self.get_buffer("inverse_depth"))[:, None]
+        relative_N1 = (counts.library_N() / views.share * self.get_buffer("inverse_depth"))[:, None]
         power_N1 = relative_N1 ** self.get_buffer("depth_power")
-        measured = 1.0 if absent_A is None else 1 - absent_A.numel() / counts.n_genes
-        return (1 - measured**2 / (power_N1 + 1)) * (self.get_buffer("inverse_depth") > 0)
+        return (1 - views.measured**2 / (power_N1 + 1)) * (self.get_buffer("inverse_depth") > 0)
 
     def latent_view(self, z_NK: Tensor) -> dict[str, Tensor]:
         """Log probability of each leaf by the latent space alone."""
@@ -106,15 +122,18 @@ class _PartsClassifier(nn.Module):
         logits_NS: Tensor = self.linear(self.dropout(z_NK)) @ self.get_buffer("parts_SF").t()
         return logits_NS
 
-    def gene_logits(self, counts: CountsCSR, value_M: Tensor) -> Tensor:
-        """Logits [N, S] by the genes, whose values are those of `log_normalised`."""
-        gene_NF = sparse_product(counts, value_M, self.get_buffer("gene_weight_GF")) + self.get_buffer("gene_bias_F")
-        return gene_NF @ self.get_buffer("parts_SF").t()
+    def gene_view(self, completion: Completion, absent_A: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Weight [G, F] and bias [F], those of absent genes carried over to the others."""
+        weight_GF, bias_F = self.get_buffer("gene_weight_GF"), self.get_buffer("gene_bias_F")
+        if absent_A is None:
+            return weight_GF, bias_F
+        carried_GF, more_F = completion.carried(absent_A, weight_GF)
+        return carried_GF, bias_F + more_F
 
-    def expected_logits(self, completion: Completion, z_NK: Tensor, absent_A: Tensor) -> Tensor:
-        """What genes that were not measured are expected to add to them."""
-        expected_NF = completion.logits(z_NK, absent_A, self.get_buffer("gene_weight_GF"))
-        return expected_NF @ self.get_buffer("parts_SF").t()
+    def gene_logits(self, counts: CountsCSR, value_M: Tensor, view: tuple[Tensor, Tensor]) -> Tensor:
+        """Logits [N, S] by the genes, whose values are those of `log_normalised`."""
+        weight_GF, bias_F = view
+        return (sparse_product(counts, value_M, weight_GF) + bias_F) @ self.get_buffer("parts_SF").t()
 
 
 def label_loss(log_probability_NS: Tensor, code_N: Tensor, allowed_LS: Tensor, weight_N: Tensor) -> Tensor:

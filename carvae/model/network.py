@@ -94,11 +94,11 @@ class Network(nn.Module):
         device = self.vae.device
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         parts, cells = [], CountsCSR.from_scipy(counts)
-        mean_of, absent_A = self.vae.encoder.fixed(dtype), self.head.completion.absent(present_G)
+        mean_of, views = self.vae.encoder.fixed(dtype), self.head.views(present_G)
         for start in range(0, counts.shape[0], CELLS_PER_PASS):
             part = cells.part(start, min(start + CELLS_PER_PASS, counts.shape[0])).to(device)
             mean_NK = mean_of(part)
-            answer = self.head(mean_NK, part, absent_A) if label else {}
+            answer = self.head(mean_NK, part, views) if label else {}
             probability = {axis: log_NS.exp().cpu().numpy() for axis, log_NS in answer.items()}
             parts.append(Prediction(mean_NK.cpu().numpy(), probability))
         if not parts:

@@ -82,7 +82,7 @@ def observe(network: Network, counts: sp.csr_matrix, present_G: NDArray[np.bool_
     """Pass cells through encoder, head and decoder; ``present_G`` says which panel genes were measured in them."""
     network.eval()
     device = network.vae.device
-    absent_G, absent_A = torch.from_numpy(~present_G).to(device), network.head.completion.absent(present_G)
+    absent_G, views = torch.from_numpy(~present_G).to(device), network.head.views(present_G)
     parts: dict[str, list[Tensor]] = {"latent": [], "hidden": [], "energy": []}
     misfit: list[Tensor] = []
     said: dict[str, list[Tensor]] = {}
@@ -99,7 +99,7 @@ def observe(network: Network, counts: sp.csr_matrix, present_G: NDArray[np.bool_
         if network.vae.decodes:
             count_NG = torch.from_numpy(chunk.toarray().astype(np.float32)).to(device)
             misfit.append(_misfit(network, z_NK, count_NG, absent_G).float().cpu())
-        for axis, log_NS in network.head(z_NK, cells, absent_A).items():
+        for axis, log_NS in network.head(z_NK, cells, views).items():
             said.setdefault(axis, []).append(log_NS.float().cpu())
     joined = {name: torch.cat(values).numpy() for name, values in parts.items()}
     return Observed(
