@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from carvae.data.sparse import CountsCSR
-from carvae.model.gather import CELLS_AT_ONCE, LOGS, FixedLayer
+from carvae.model.gather import CELLS_AT_ONCE, LOGS, FixedLayer, weight_gradient
 
 
 def drawn(seed: int, n_cells: int, n_genes: int, density: float, largest: int) -> CountsCSR:
@@ -76,3 +76,41 @@ def test_what_is_no_number_stays_none() -> None:
     """Else a cell of overflowing weights would be embedded at zero, as if it were one like others."""
     layer = FixedLayer(torch.full((30, 4), torch.inf), torch.zeros(4), torch.float32)
     assert layer(drawn(0, 3, 30, 1.0, 3)).isnan().all()
+
+
+def test_a_cell_has_the_same_bits_whatever_its_company() -> None:
+    """One count beyond the table sends its whole block another way."""
+    rng = np.random.default_rng(4)
+    dense_NG = rng.integers(0, LOGS.size, (CELLS_AT_ONCE, 30)).astype(np.float32)
+    layer = FixedLayer(torch.randn(30, 40), torch.randn(40), torch.float32)
+    alone_NH = layer(CountsCSR.from_scipy(sp.csr_matrix(dense_NG)))
+    dense_NG[7, 3] = LOGS.size + 5
+    beside_NH = layer(CountsCSR.from_scipy(sp.csr_matrix(dense_NG)))
+    others = np.arange(CELLS_AT_ONCE) != 7
+    torch.testing.assert_close(beside_NH[others], alone_NH[others], rtol=0, atol=0)
+
+
+def test_tensors_with_gaps_and_weights_of_double_precision_are_read_as_they_are() -> None:
+    counts, weight_GH, bias_H = drawn(5, 40, 30, 0.4, 9), torch.randn(30, 40), torch.randn(40)
+    gaps = CountsCSR(
+        counts.indptr_N.repeat_interleave(2)[::2],
+        counts.gene_M.repeat_interleave(2)[::2],
+        counts.count_M.repeat_interleave(2)[::2],
+        30,
+    )
+    assert not gaps.count_M.is_contiguous()
+    expected = exact(counts, weight_GH, bias_H)
+    for given_GH, given_H in ((weight_GH, bias_H), (weight_GH.double(), bias_H.double())):
+        found_NH = FixedLayer(given_GH, given_H, torch.float32)(gaps)
+        torch.testing.assert_close(found_NH.double(), expected, rtol=1e-5, atol=1e-4)
+    grad_NH = torch.randn(40, 40)
+    found_GH = weight_gradient(gaps, gaps.count_M, grad_NH)
+    torch.testing.assert_close(found_GH, counts.dense(counts.count_M).t() @ grad_NH, rtol=1e-4, atol=1e-3)
+
+
+def test_what_does_not_fit_together_is_refused() -> None:
+    counts = drawn(6, 10, 30, 0.4, 9)
+    with pytest.raises(ValueError, match="a bias of 41 for weights of 40 columns"):
+        FixedLayer(torch.randn(30, 40), torch.randn(41), torch.float32)
+    with pytest.raises(ValueError, match="3 values for"):
+        weight_gradient(counts, counts.count_M[:3], torch.randn(10, 40))

@@ -29,8 +29,8 @@ ONE_STUDY = "all"
 """Name of the study of a table that names none."""
 BESIDE = tuple(
     "sample patient study outcome event product disease tissue assay timepoint timepoint_days n_cells n_cells_used "
-    "median_counts mean_confidence gene_overlap fraction_unknown mean_novelty batch_distance verdict "
-    "verdict_reason clone_cells clone_depth model".split()
+    "median_counts mean_confidence gene_overlap fraction_unknown mean_novelty batch_distance ambient_hint "
+    "doublet_hint verdict verdict_reason clone_cells clone_depth model".split()
 )
 """Columns of a table of samples that say how a sample was made and measured: never features unless named."""
 LIMITS = re.compile(r"^(low|high) |_(low|high)$")

@@ -26,7 +26,15 @@ UNKNOWN = "fraction_unknown"
 GROUPS = ("composition", "sureness", "CAR", "markers", "signatures", "clones", "depth")
 """Kinds of figures, in the order of the table."""
 OF_KIND = {
-    "sureness": (UNKNOWN, "mean_confidence", "mean_novelty", "gene_overlap", "batch_distance"),
+    "sureness": (
+        UNKNOWN,
+        "mean_confidence",
+        "mean_novelty",
+        "gene_overlap",
+        "batch_distance",
+        "ambient_hint",
+        "doublet_hint",
+    ),
     "CAR": ("car_fraction", "car_detected"),
     "signatures": ("mean_pseudotime",),
     "depth": ("n_cells", "n_cells_used", "median_counts"),

@@ -14,6 +14,7 @@ The gradient of the weights is such a sum for each gene, of the gradients of the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -53,11 +54,13 @@ class FixedLayer:
     """
 
     def __init__(self, weight_GH: Tensor, bias_H: Tensor, dtype: torch.dtype) -> None:
+        if len(bias_H) != weight_GH.shape[1]:
+            raise ValueError(f"a bias of {len(bias_H)} for weights of {weight_GH.shape[1]} columns")
         padded_GH = functional.pad(weight_GH.detach().to(dtype), (0, -weight_GH.shape[1] % COLUMNS))
         parts_PGC = torch.stack(torch.split(padded_GH, COLUMNS, dim=1))
         self.parts_PGC = (_in_words(parts_PGC) if dtype == torch.bfloat16 else parts_PGC).numpy()
         self.n_hidden = len(bias_H)
-        self.bias_H = functional.pad(bias_H.detach(), (0, -self.n_hidden % COLUMNS))
+        self.bias_H = functional.pad(bias_H.detach().float(), (0, -self.n_hidden % COLUMNS))
 
     def __call__(self, counts: CountsCSR) -> Tensor:
         """Hidden activations [N, H].
@@ -71,7 +74,7 @@ class FixedLayer:
             raise ValueError(f"counts over {counts.n_genes} genes for weights of {self.parts_PGC.shape[1]}")
         out_NH = self.bias_H.repeat(counts.n_cells, 1)
         indptr_N, gene_M, count_M, out = (
-            tensor.numpy() for tensor in (counts.indptr_N, counts.gene_M, counts.count_M, out_NH)
+            tensor.contiguous().numpy() for tensor in (counts.indptr_N, counts.gene_M, counts.count_M, out_NH)
         )
 
         def some_cells(first: int, last: int) -> None:
@@ -99,7 +102,10 @@ def weight_gradient(counts: CountsCSR, value_M: Tensor, grad_NH: Tensor) -> Tens
     out_GH = grad_NH.new_empty(counts.n_genes, padded_NH.shape[1])
     if len(grad_NH) != counts.n_cells:
         raise ValueError(f"gradients of {len(grad_NH)} cells for counts of {counts.n_cells}")
-    arrays = [tensor.detach().numpy() for tensor in (counts.indptr_N, counts.gene_M, value_M, parts_PNC, out_GH)]
+    if value_M.numel() != counts.gene_M.numel():
+        raise ValueError(f"{value_M.numel()} values for {counts.gene_M.numel()} counts")
+    tensors = counts.indptr_N, counts.gene_M, value_M, parts_PNC, out_GH
+    arrays = [tensor.detach().contiguous().numpy() for tensor in tensors]
     _sums_by_gene(*arrays)
     return out_GH[:, :n_hidden]
 
@@ -196,7 +202,7 @@ def _sums(
         last = min(first + CELLS_AT_ONCE, n_cells)
         start, stop = indptr_N[first], indptr_N[last]
         are_in_table = _are_in_table(count_M[start:stop])
-        value_M = np.empty(0, np.float32) if are_in_table else np.log1p(count_M[start:stop])
+        value_M = np.empty(0, np.float32) if are_in_table else _logs(count_M[start:stop])
         for p in range(parts_PGC.shape[0]):
             for n in range(first, last):
                 row_C = out_NH[n, p * COLUMNS : (p + 1) * COLUMNS]
@@ -207,6 +213,15 @@ def _sums(
                     _add_rows(parts_PGC[p], gene_M[start:stop], value_M, None, span, row_C)  # type: ignore[call-arg]
         for n in range(first, last):
             _activate(out_NH[n, :n_hidden])
+
+
+@njit(nogil=True, error_model="numpy")
+def _logs(count_M: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The values of any counts, rounded as those in `LOGS` are, so that no cell's depends on its company."""
+    value_M = np.empty(count_M.size, np.float32)
+    for j in range(count_M.size):
+        value_M[j] = math.log1p(np.float64(count_M[j]))
+    return value_M
 
 
 @njit(nogil=True, error_model="numpy")

@@ -15,6 +15,8 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from carvae.config import PredictConfig
+from carvae.data import contamination
+from carvae.data.contamination import Mixed
 from carvae.data.counts import Checked
 from carvae.data.genes import GeneTable
 from carvae.data.readers import CountsSource
@@ -44,6 +46,8 @@ class Labelled:
     """Share of the model's genes that the source measured."""
     car_N: NDArray[np.int64] | None = None
     """Counts of the CAR's features; None where the source has none."""
+    mixed: Mixed | None = None
+    """What the cells hold of others; None where they are not labelled."""
 
 
 class Labeller:
@@ -77,6 +81,11 @@ class Labeller:
         places = {gene: np.flatnonzero(np.asarray(self.symbols) == gene) for gene in MARKERS}
         return {gene: at for gene, at in places.items() if at.size}
 
+    @cached_property
+    def others(self) -> contamination.Markers:
+        """Places of the markers of other lineages."""
+        return contamination.Markers.of(self.symbols)
+
     def __call__(self, block: Checked) -> Labelled:
         """What is said of the cells of a block."""
         panel = self.alignment.apply(block.counts)
@@ -92,7 +101,8 @@ class Labeller:
         car_N = None
         if self.label and self.car.size:
             car_N = np.asarray(block.counts[:, self.car].sum(axis=1)).ravel().astype(np.int64)
-        return Labelled(results, markers, block.total_N, block.print_N, block.largest, overlap, car_N)
+        mixed = self.others.look(block.counts) if self.label else None
+        return Labelled(results, markers, block.total_N, block.print_N, block.largest, overlap, car_N, mixed)
 
     def _predict(self, panel: sp.csr_matrix) -> Prediction | Judged:
         trust, network = self.bundle.trust, self.bundle.network

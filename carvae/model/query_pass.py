@@ -59,7 +59,8 @@ class Pass:
         self._say_genes()
         trees = bundle.tree.axes if label and bundle.tree else ()
         self.states = {axis.name: axis.leaves for axis in trees}
-        verdicts = None if bundle.trust is None else Verdicts(bundle.trust, config.warn_overlap)
+        n_samples = len(self.sample.categories)
+        verdicts = None if bundle.trust is None else Verdicts(bundle.trust, config.warn_overlap, n_samples)
         self.table = SampleTable(self.sample, self.states, obs, verdicts) if label else None
         self.late = self._late(obs) if label else None
         self.parts: list[_Kept] = []

@@ -10,6 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from carvae.data.composition import fraction_interval, mean_interval
+from carvae.data.contamination import MixedSums
 from carvae.data.schema import NAMES
 from carvae.labels.axis import RESERVED, main_first
 from carvae.model.labeller import MARKERS, Labelled
@@ -143,13 +144,16 @@ class Verdicts:
         What the model knows of its errors.
     care_overlap
         Share of the panel's genes below which care is due.
+    n_samples
+        How many there are.
     """
 
-    def __init__(self, trust: Trust, care_overlap: float) -> None:
+    def __init__(self, trust: Trust, care_overlap: float, n_samples: int) -> None:
         self.trust, self.care_overlap = trust, care_overlap
         self.parts: list[pd.DataFrame] = []
         self.overlap: dict[int, float] = {}
         self.latent: dict[int, NDArray[np.float64]] = {}
+        self.mixed = MixedSums(n_samples)
 
     def add(self, code: NDArray[np.int64], labelled: Labelled) -> None:
         """Add the next cells, which are of the samples ``code``."""
@@ -157,6 +161,8 @@ class Verdicts:
         novelty = results.obs["carvae_novelty"].fillna(1.0).to_numpy()  # too few counts to tell: as strange as can be
         counts = results.obs["carvae_n_panel_counts"].to_numpy()
         frame = pd.DataFrame({"sample": code.astype(np.int32), "novelty": novelty, "counts": counts})
+        if labelled.mixed is not None:
+            self.mixed.add(code, labelled.mixed)
         self.parts.append(frame.astype({"novelty": np.float32, "counts": np.float32}))
         for sample in np.unique(code).tolist():
             self.overlap[sample] = min(labelled.overlap, self.overlap.get(sample, 1.0))
@@ -178,7 +184,8 @@ class Verdicts:
                 float(cells["counts"].median()),
                 self.trust.reference,
             )
-            verdict, reason = limits.verdict(found, overlap, self.care_overlap, LEAST_OVERLAP)
+            hints = self.mixed.hints(number)
+            verdict, reason = limits.verdict(found, overlap, self.care_overlap, LEAST_OVERLAP, hints.words)
             rows[number] = {
                 "verdict": verdict,
                 "verdict_reason": reason,
@@ -187,6 +194,8 @@ class Verdicts:
                 "mean_novelty": found.mean_novelty,
                 **_novelty_interval(cells["novelty"].to_numpy(np.float64)),
                 "batch_distance": found.batch_distance,
+                "ambient_hint": hints.ambient,
+                "doublet_hint": hints.doublets,
             }
         return pd.DataFrame.from_dict(rows, orient="index")
 

@@ -5,6 +5,7 @@ Axes: M training samples, F figures, K latent.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,7 +71,12 @@ class SampleLimits:
         return cls(care_F.astype(np.float32), (care_F + step_F).astype(np.float32))
 
     def verdict(
-        self, sample: SampleFigures, overlap: float, care_overlap: float, least_overlap: float
+        self,
+        sample: SampleFigures,
+        overlap: float,
+        care_overlap: float,
+        least_overlap: float,
+        hints: Sequence[str] = (),
     ) -> tuple[str, str]:
         """The verdict and its reasons, the worst first.
 
@@ -82,6 +88,8 @@ class SampleLimits:
             Share of the panel's genes that it has.
         care_overlap, least_overlap
             Shares below which care is due, and below which the model was never tested.
+        hints
+            Of doublets and ambient RNA, for which care is due.
         """
         found: list[tuple[int, str]] = []
         for f, text in enumerate(FIGURES.values()):
@@ -93,6 +101,7 @@ class SampleLimits:
             found.append((2 if overlap < least_overlap else 1, f"{1 - overlap:.0%} of the model's genes are missing"))
         if sample.n_cells < MIN_CELLS:
             found.append((1, f"only {sample.n_cells} cells"))
+        found += [(1, hint) for hint in hints]
         if not found:
             return IN_RANGE, ""
         found.sort(key=lambda grade: -grade[0])
