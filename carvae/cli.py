@@ -23,6 +23,7 @@ from carvae.invocation import (
     AsJson,
     Clones,
     ConfigFile,
+    Coverage,
     Job,
     Model,
     Overrides,
@@ -48,8 +49,6 @@ app = typer.Typer(
 )
 app.add_typer(studies, name="studies")
 app.add_typer(hub, name="hub")
-app.command()(verbs.export)
-app.command()(verbs.reproduce)
 
 Out = Annotated[Path, typer.Option(help="Result: .h5ad, .zarr, .csv or .csv.gz; - prints a table.")]
 FULL = "; nothing was changed: make room, and give the same command again"
@@ -98,7 +97,13 @@ def embed(settings: Config, query: Query, model: Model, out: Out) -> Job:
 @app.command()
 @verb_of_queries("predict.", "clones.", "report.", "seed=", prints=True)
 def annotate(
-    settings: Config, query: Query, model: Model, out: Out, clones: Clones = None, report: ReportPage = None
+    settings: Config,
+    query: Query,
+    model: Model,
+    out: Out,
+    clones: Clones = None,
+    report: ReportPage = None,
+    coverage: Coverage = None,
 ) -> Job:
     """Label every cell of a new sample: state, confidence, signatures, clones, CAR; and a table of samples."""
     from carvae import predict
@@ -336,15 +341,6 @@ def evaluate(config: ConfigFile, overrides: Overrides = None, quiet: Quiet = Fal
     run(settings)
 
 
-@app.command()
-def doctor(as_json: AsJson = False) -> None:
-    """Say what this machine has: Python, libraries, GPU, threads, caches."""
-    from carvae.doctor import examine, report
-
-    findings = examine()
-    print(json.dumps({f.what: f.found for f in findings}) if as_json else report(findings))
-
-
 @app.command("app")
 def app_(
     model: Annotated[list[Path], typer.Option(help="Model bundle; may be given several times.")],
@@ -373,6 +369,11 @@ def demo(
     from carvae.demo import run
 
     print(run(out))
+
+
+app.command()(verbs.export)
+app.command()(verbs.reproduce)
+app.command()(verbs.doctor)
 
 
 def main() -> None:

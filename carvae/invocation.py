@@ -45,6 +45,11 @@ Clones = Annotated[
 ReportPage = Annotated[
     Path | None, typer.Option(metavar="FILE.html", help="Also write the report: a page with verdicts and the map.")
 ]
+Coverage = Annotated[
+    float | None,
+    typer.Option(help="Write the set of states of each cell that holds the right one this often, as predict.coverage."),
+]
+"""Taken by `verb_of_queries`: the verb itself finds it among its settings."""
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print a summary for programs, as one line of JSON.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of every random number.")]
@@ -103,7 +108,7 @@ def verb_of_queries(*reads: str, prints: bool = False) -> Callable[[Callable[...
         ]
 
         def command(**given: Any) -> None:
-            common = {name: given.pop(name) for name in OF_QUERIES}
+            common = {name: given.pop(name) for name in OF_QUERIES} | {"coverage": given.pop("coverage", None)}
             name = verb.__name__.rstrip("_")
             if str(given["out"]) == STDOUT and not prints:
                 raise ConfigError(f"{name} writes a folder, which cannot be printed; give --out a name")
@@ -133,7 +138,7 @@ def _do(
     as_json, piped = common["as_json"], str(given["out"]) == STDOUT
     if as_json and piped and not common["dry_run"]:
         raise ConfigError("--json and --out - both write to the standard output; leave one out")
-    flags = {"predict.threads": common["threads"], "predict.device": common["device"], "seed": common["seed"]}
+    flags = {f"predict.{flag}": common[flag] for flag in ("threads", "device", "coverage")} | {"seed": common["seed"]}
     own = [f"{key}={value}" for key, value in flags.items() if value is not None]
     settings = start(common["quiet"] or common["dry_run"], None, [*only(common["overrides"], *reads), *own])
     warned = _Warnings()

@@ -1,13 +1,14 @@
-"""Verbs of the command line about what is there already: ``carvae export``, ``carvae reproduce``."""
+"""Verbs of the command line about what is there already: ``export``, ``reproduce`` and ``doctor``."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from carvae.invocation import GATE_FAILED, Quiet, start
+from carvae.invocation import GATE_FAILED, AsJson, Quiet, start
 
 
 def export(
@@ -39,3 +40,11 @@ def reproduce(
     print(found.sentence())
     if not found.same:
         raise typer.Exit(GATE_FAILED)
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this machine has: Python, libraries, GPU, threads, caches."""
+    from carvae.doctor import examine, report
+
+    findings = examine()
+    print(json.dumps({f.what: f.found for f in findings}) if as_json else report(findings))

@@ -109,6 +109,19 @@ def test_a_stated_coverage_adds_sets_that_grow_with_it(world: World, sure: Bundl
     assert set(small["carvae_state_sure"]) <= {*sure.tree["state"].nodes, "unknown", "unsure"}
 
 
+def test_the_option_coverage_is_the_setting(world: World, sure: Bundle, tmp_path: Path) -> None:
+    model, tables = sure.save(tmp_path / "model"), []
+    for words in (("--coverage", "0.8"), ("predict.coverage=0.8",)):
+        out = tmp_path / f"{len(tables)}.csv"
+        answer = carvae("annotate", world.query_path, "--model", model, "--out", out, *words)
+        assert answer.code == 0, answer.err
+        tables.append(out.read_bytes())
+    assert tables[0] == tables[1]
+    assert b"carvae_set" in tables[0]
+    answer = carvae("annotate", world.query_path, "--model", model, "--out", out, "--coverage", "1.5")
+    assert (answer.code, answer.err.count("predict.coverage: input should be less than 1")) == (1, 1)
+
+
 def test_sets_need_a_model_that_learned_them(world: World, bundle: Bundle) -> None:
     with pytest.raises(BundleError, match=r"train.calibration_folds"):
         annotate(world.query, bundle, PredictConfig(coverage=0.9))
