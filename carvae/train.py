@@ -32,7 +32,7 @@ from carvae.data.memory import Need, choose, free_bytes
 from carvae.data.patients import patients_of
 from carvae.data.residence import Residence, Resident, Streamed, read
 from carvae.data.sparse import GeneSums
-from carvae.data.split import PatientSplit, patient_folds, split_patients
+from carvae.data.split import PatientSplit, split_patients
 from carvae.data.store import CellStore
 from carvae.errors import CarvaeError, TrainError
 from carvae.ingest import run as ingest
@@ -52,6 +52,7 @@ from carvae.model.novelty import Reference
 from carvae.model.objective import STEPS_PER_CALL, Objective
 from carvae.model.responder import Responder
 from carvae.model.response import HeadSettings
+from carvae.model.teaching import teaching_folds, uncalibrated
 from carvae.model.trainer import (
     EveryFewEpochs,
     callbacks_of,
@@ -179,18 +180,16 @@ def _judge(bundle: Bundle, witnesses: list[Witness], faced: list[Faced], referen
 
 
 def _witnesses(cohort: Cohort, config: Config, work: Path) -> tuple[list[Witness], list[Faced]]:
-    """Networks beside cells that they did not see; none unless asked for, or without labels or patients to hold out.
+    """Networks beside cells that they did not see; none unless asked for, or where none could teach anything.
 
     Beside them, what the same networks say of all patients, seen and not.
-    Whole studies are held out where several have labels: a query is of another study, which is stranger than a patient.
     """
-    if cohort.tree is None or not config.train.calibration_folds:
+    if cohort.cohort_labels is None or not config.train.calibration_folds:
         return [], []
-    several = cohort.obs["study"][cohort.labelled_N].nunique() > 1
-    unit = cohort.obs["study" if several else "patient"]
-    folds = patient_folds(unit, cohort.labelled_N, config.train.calibration_folds)
-    if len(folds) == 1:
-        return [], []
+    labels = cohort.cohort_labels.labels
+    folds = teaching_folds(cohort.obs, labels, config.train.calibration_folds)
+    if lacking := uncalibrated(labels, folds):
+        log.warning("%s", lacking)
     rng, identity = np.random.default_rng((config.seed, 5)), config.ingest.identity_genes
     found, faced = [], []
     for k, fold in enumerate(folds):
@@ -198,6 +197,8 @@ def _witnesses(cohort: Cohort, config: Config, work: Path) -> tuple[list[Witness
         result = fit(cohort, PatientSplit(fold.train, fold.train[:0], ()), config, work / f"fold{k}")
         found.append(witness(result.network, cohort, fold, identity, rng))
         own = np.random.default_rng((config.seed, 7, k))
+        if labels.axes[0].axis not in found[-1].axes:
+            continue  # the attack is on what a network says of the first axis
         faced.append(face(result.network, cohort, fold, found[-1].reference, own))
     return found, faced
 

@@ -178,7 +178,7 @@ class Verdicts:
                 float(cells["counts"].median()),
                 self.trust.reference,
             )
-            verdict, reason = limits.verdict(found, overlap, self.care_overlap, LEAST_OVERLAP)
+            verdict, reason = limits.verdict(found, overlap, self.care_overlap, LEAST_OVERLAP, self.trust.n_samples)
             rows[number] = {
                 "verdict": verdict,
                 "verdict_reason": reason,
