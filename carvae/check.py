@@ -37,6 +37,7 @@ from carvae.model.bundle_files import check_place
 from carvae.model.cell_clones import Asked
 from carvae.model.cohort import SOURCE, check_covariates, labels_of
 from carvae.model.query_pass import TOLD, Pass
+from carvae.model.teaching import teaching_folds, uncalibrated
 
 CELLS_TRIED = 2048
 """Cells that are labelled to foretell time and memory."""
@@ -118,8 +119,9 @@ def of_config(config: Config) -> Checked:
     findings = [Finding(f"study {found['study']}", _study_sentence(found)) for found in studies]
     labels_found = _labels(obs, config)
     labels, said = _of_labels(labels_found, config)
-    work, cost = _of_training(parts, labels_found, config)
-    return Checked((*findings, *said, *cost), {"studies": studies, "labels": labels, **work})
+    n_folds, lacking = _of_confidence(obs, labels_found, config)
+    work, cost = _of_training(parts, labels_found, config, n_folds)
+    return Checked((*findings, *said, *lacking, *cost), {"studies": studies, "labels": labels, **work})
 
 
 def _study_sentence(study: Mapping[str, Any]) -> str:
@@ -156,8 +158,18 @@ def _of_labels(found: CohortLabels | None, config: Config) -> tuple[dict[str, An
     return axes, [*findings, *([Finding("labels, weak", weak)] if weak else [])]
 
 
+def _of_confidence(obs: pd.DataFrame, found: CohortLabels | None, config: Config) -> tuple[int, list[Finding]]:
+    """Networks that are trained to learn how sure labels are, and what they cannot learn."""
+    n_folds = config.train.calibration_folds
+    if found is None or not n_folds or config.labels.weak:  # which cells bear weak labels is not known yet
+        return n_folds, []
+    folds = teaching_folds(obs, found.labels, n_folds)
+    lacking = uncalibrated(found.labels, folds)
+    return len(folds), [Finding("confidence", *lacking.rsplit("; ", 1))] if lacking else []
+
+
 def _of_training(
-    parts: Sequence[Part], labels: CohortLabels | None, config: Config
+    parts: Sequence[Part], labels: CohortLabels | None, config: Config, n_folds: int
 ) -> tuple[dict[str, Any], list[Finding]]:
     """Device, memory, work and time."""
     settings = config.train
@@ -168,7 +180,7 @@ def _of_training(
     reading, counts = _reading([part.source for part in parts], n_cells)
     batches = math.ceil(n_cells / settings.batch_size)
     epochs = max(settings.max_epochs, math.ceil(settings.min_steps / batches))
-    networks = 1 + settings.calibration_folds + settings.refit
+    networks = 1 + n_folds + settings.refit
     from carvae.forecast import Work, labelled, paced  # it trains, which a look at a query need not load
 
     work = Work(n_cells, 0 if labels is None else labelled(labels), epochs, batches, networks)

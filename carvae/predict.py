@@ -164,10 +164,11 @@ def refuse(bundle: Bundle, query: Path, out: Path, config: PredictConfig, *, lab
 def _refuse_model(bundle: Bundle, config: PredictConfig, label: bool) -> None:
     if label and bundle.tree is None:
         raise BundleError("this model was trained without labels; use `carvae embed`, or train with labels")
-    if label and config.coverage is not None and bundle.trust is None:
+    if label and config.coverage is not None and not (bundle.trust and bundle.trust.calibration):
         raise BundleError(
-            "predict.coverage asks for sets of states, and this model was trained without patients held out to learn "
-            "them on; leave it out, or train with train.calibration_folds"
+            "predict.coverage asks for sets of states, and this model's confidence is not calibrated: no labelled "
+            "patients were held out to learn them on; leave it out, or train with train.calibration_folds on labels of "
+            "at least two patients"
         )
 
 

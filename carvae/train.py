@@ -32,7 +32,7 @@ from carvae.data.memory import Need, choose, free_bytes
 from carvae.data.patients import patients_of
 from carvae.data.residence import Residence, Resident, Streamed, read
 from carvae.data.sparse import GeneSums
-from carvae.data.split import PatientSplit, patient_folds, split_patients
+from carvae.data.split import PatientSplit, split_patients
 from carvae.data.store import CellStore
 from carvae.errors import CarvaeError, TrainError
 from carvae.ingest import run as ingest
@@ -52,6 +52,7 @@ from carvae.model.novelty import Reference
 from carvae.model.objective import STEPS_PER_CALL, Objective
 from carvae.model.responder import Responder
 from carvae.model.response import HeadSettings
+from carvae.model.teaching import teaching_folds, uncalibrated
 from carvae.model.trainer import (
     EveryFewEpochs,
     callbacks_of,
@@ -137,6 +138,7 @@ def _run(config: Config) -> Path:
     rng = np.random.default_rng((config.seed, 2))
     split = split_patients(cohort.obs["patient"], cohort.authored_N, config.train.validation_share, rng)
     log.info("%s", cohort.sentence(split))
+    folds = _teaching(cohort, config)
     result = fit(cohort, split, config, work / "fit")
     is_first = processes.rank() == 0
     metrics = held_out_metrics(result.network, cohort, split, config.seed) if is_first else {}
@@ -144,7 +146,7 @@ def _run(config: Config) -> Path:
     for axis, score in metrics.get("held_out", {}).items():
         macro_f1 = f", macro-F1 {score['macro_f1']:.3f}" if len(score["recall"]) > 1 else ""
         log.info("held-out patients, %s: accuracy %.3f%s", axis, score["accuracy"], macro_f1)
-    witnesses, faced = _witnesses(cohort, config, work)
+    witnesses, faced = _witnesses(cohort, folds, config, work)
     known = split.train
     if config.train.refit and split.validation.size:
         everyone = np.arange(len(cohort.obs), dtype=np.int64)
@@ -178,19 +180,21 @@ def _judge(bundle: Bundle, witnesses: list[Witness], faced: list[Faced], referen
         bundle.metrics["composition"] = usual_shares(witnesses, bundle.trust, leaves)
 
 
-def _witnesses(cohort: Cohort, config: Config, work: Path) -> tuple[list[Witness], list[Faced]]:
-    """Networks beside cells that they did not see; none unless asked for, or without labels or patients to hold out.
+def _teaching(cohort: Cohort, config: Config) -> list[PatientSplit]:
+    """What calibration holds out; none unless asked for, or where it could teach nothing, which is told."""
+    if cohort.cohort_labels is None or not config.train.calibration_folds:
+        return []
+    labels = cohort.cohort_labels.labels
+    folds = teaching_folds(cohort.obs, labels, config.train.calibration_folds)
+    if lacking := uncalibrated(labels, folds):
+        log.warning("%s", lacking)
+    return folds
 
-    Beside them, what the same networks say of all patients, seen and not.
-    Whole studies are held out where several have labels: a query is of another study, which is stranger than a patient.
-    """
-    if cohort.tree is None or not config.train.calibration_folds:
-        return [], []
-    several = cohort.obs["study"][cohort.labelled_N].nunique() > 1
-    unit = cohort.obs["study" if several else "patient"]
-    folds = patient_folds(unit, cohort.labelled_N, config.train.calibration_folds)
-    if len(folds) == 1:
-        return [], []
+
+def _witnesses(
+    cohort: Cohort, folds: list[PatientSplit], config: Config, work: Path
+) -> tuple[list[Witness], list[Faced]]:
+    """Networks beside cells that they did not see, and what the same networks say of all patients, seen and not."""
     rng, identity = np.random.default_rng((config.seed, 5)), config.ingest.identity_genes
     found, faced = [], []
     for k, fold in enumerate(folds):
@@ -198,7 +202,8 @@ def _witnesses(cohort: Cohort, config: Config, work: Path) -> tuple[list[Witness
         result = fit(cohort, PatientSplit(fold.train, fold.train[:0], ()), config, work / f"fold{k}")
         found.append(witness(result.network, cohort, fold, identity, rng))
         own = np.random.default_rng((config.seed, 7, k))
-        faced.append(face(result.network, cohort, fold, found[-1].reference, own))
+        if cohort.tree is not None and cohort.tree.axes[0].name in found[-1].axes:  # of which the attack is
+            faced.append(face(result.network, cohort, fold, found[-1].reference, own))
     return found, faced
 
 

@@ -7,6 +7,7 @@ import os
 import tracemalloc
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import anndata as ad
@@ -125,6 +126,15 @@ def test_the_option_coverage_is_the_setting(world: World, sure: Bundle, tmp_path
 def test_sets_need_a_model_that_learned_them(world: World, bundle: Bundle) -> None:
     with pytest.raises(BundleError, match=r"train.calibration_folds"):
         annotate(world.query, bundle, PredictConfig(coverage=0.9))
+
+
+def test_sets_need_labels_of_authors_however_well_novelty_is_known(world: World, sure: Bundle) -> None:
+    """As of a model whose held-out cells had weak labels alone: nothing would be added, and nothing said."""
+    assert sure.trust is not None
+    weak = replace(sure, trust=replace(sure.trust, calibration={}))
+    with pytest.raises(BundleError, match="not calibrated"):
+        annotate(world.query, weak, PredictConfig(coverage=0.9))
+    assert "carvae_novelty" in annotate(world.query, weak).obs
 
 
 def test_each_sample_has_a_verdict_that_its_cells_bear_out(world: World, sure: Bundle, tmp_path: Path) -> None:

@@ -337,6 +337,41 @@ def test_a_study_without_labels_teaches_the_latent_space_alone(world: World, tmp
     assert (data.weight_NA.numpy()[study == "sim_paediatric"] == 0).all()
 
 
+def test_labels_of_one_patient_give_a_model_that_claims_no_confidence(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The network that the patient is held out of sees no label: what it guesses is nothing to learn from."""
+    cells = world.studies["sim_lymphoma"].copy()
+    first = cells.obs["donor_id"].astype(str) == cells.obs["donor_id"].astype(str).iloc[0]
+    cells.obs["cell_type"] = cells.obs["cell_type"].astype(str).where(first, "")
+    cells.write_h5ad(tmp_path / "one.h5ad")
+    sections: dict[str, Any] = {"train": SHORT | {"calibration_folds": 3}, "labels": {"tree": "flat"}}
+    config = settings(world.folder, tmp_path / "m", **sections)
+    study = {key: STUDIES["sim_lymphoma"][key] for key in ("obs", "label")} | {"path": str(tmp_path / "one.h5ad")}
+    config["ingest"]["studies"] = {"one": study}
+    path = write_config(tmp_path / "c.yaml", config)
+    checked = carvae("check", path)
+    assert "labels of at least two patients" in checked.out
+    assert "networks" not in checked.out, "one network alone is trained"
+    answer = carvae("train", path)
+    assert answer.code == 0, answer.err
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said.startswith("how sure labels of state are cannot be learned")
+    assert "labels of at least two patients" in said
+    made = load(tmp_path / "m")
+    assert made.trust is None
+    assert made.tree is not None
+    assert "Its confidence is not calibrated" in (tmp_path / "m" / "card.md").read_text(encoding="utf-8")
+    out = tmp_path / "A.csv"
+    answer = carvae("annotate", world.query_path, "--model", tmp_path / "m", "--out", out, "predict.coverage=0.9")
+    assert answer.code == 1
+    assert "not calibrated" in answer.err
+    assert "Traceback" not in answer.err
+    assert not out.exists()
+    assert carvae("annotate", world.query_path, "--model", tmp_path / "m", "--out", out).code == 0
+    assert "carvae_novelty" not in out.read_text(encoding="utf-8").splitlines()[0]
+
+
 def test_no_labels_at_all_give_a_model_that_embeds(world: World, tmp_path: Path) -> None:
     config = settings(world.folder, tmp_path / "m", train=SHORT, labels={"tree": "flat"})
     config["ingest"]["studies"] = {"one": {"path": str(world.folder / "sim_paediatric.h5ad")}}

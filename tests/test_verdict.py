@@ -34,7 +34,7 @@ def test_training_samples_are_in_range_of_themselves() -> None:
             sample(depth=200),
             1.0,
             WITH_CARE,
-            "median depth 200 counts over the panel (nine in ten in training: at least 256)",
+            "counts over the panel (nine in ten of the labelled training samples, held out: at least 256)",
         ),
         (sample(depth=20), 1.0, OUT_OF_RANGE, "median depth 20"),
         (sample(), 0.8, WITH_CARE, "20% of the model's genes are missing"),
@@ -56,6 +56,19 @@ def test_the_worst_reason_comes_first() -> None:
     _, reason = limits.verdict(sample(unknown=0.12, depth=10), 1.0, 0.9, 0.5)
     assert reason.startswith("median depth 10")
     assert "12%" in reason
+
+
+def test_a_limit_is_told_with_the_samples_that_set_it() -> None:
+    limits = SampleLimits.fit(TRAINING)
+    assert limits is not None
+    _, reason = limits.verdict(sample(unknown=0.12, depth=10), 1.0, 0.9, 0.5, len(TRAINING))
+    first, second = reason.split("; ")
+    assert first.endswith("(nine in ten of 6 labelled training samples, held out: at least 256)")
+    assert second == "12% of its cells are unknown (at most 10%)"
+    _, reason = limits.verdict(sample(unknown=0.12), 0.4, 0.9, 0.5, 1200)
+    missing, last = reason.split("; ")
+    assert missing.startswith("60% of the model's genes")
+    assert "1,200 labelled training samples, held out: at most 10%" in last
 
 
 def test_one_odd_training_sample_of_many_sets_no_limit() -> None:

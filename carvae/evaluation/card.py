@@ -209,9 +209,9 @@ def _tripod(metrics: dict[str, Any]) -> list[str]:
     patients = sum(s["n_patients"] for s in studies.values())
     designs = ", ".join(metrics["designs"]) or "none: not identifiable"
     chosen = settings["evaluate"]["hold_out"]
-    calibrated = (
-        "calibrated afterwards on held-out patients" if settings["train"]["calibration_folds"] else "uncalibrated"
-    )
+    own = [design["methods"].get(OWN, {}) for design in metrics["designs"].values()]
+    learned = any("set_coverage" in figures for figures in own)  # not where too few patients had labels
+    calibrated = "calibrated afterwards on held-out patients" if learned else "uncalibrated"
     rows = {
         "3 background and use": "see Intended use; health inequalities between groups of patients were not examined",
         "5 data sources": f"{', '.join(studies)}; see Data",

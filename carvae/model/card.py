@@ -57,7 +57,7 @@ def write_card(bundle: Bundle) -> str:
         f"- {SAME_STUDIES}",
         *(
             ["- The confidence is the softmax probability as trained; see the calibration error above."]
-            if bundle.trust is None
+            if not calibrated(bundle)
             else []
         ),
         f"- {LICENCES} carvae cannot know them: name them before sharing.",
@@ -118,28 +118,50 @@ def _strangers(bundle: Bundle) -> str:
 
 
 def _trust(bundle: Bundle) -> list[str]:
-    """What was measured of calibration, sets and unknown cells."""
+    """What was measured of calibration, sets and unknown cells, or that nothing was."""
     found = bundle.metrics.get("trust")
-    if not found:
+    if bundle.tree is None or (calibrated(bundle) and not found):
         return []
+    lines = ["## How sure it is", "", *([] if calibrated(bundle) else [f"{_uncalibrated(bundle)}", ""])]
+    if not found:
+        return lines
     rate = found["unknown_rate"]
-    lines = [
-        "## How sure it is",
-        "",
+    lines += [
         f"Each group of the {found['patients']} held-out patients tested what the others taught. Of cells of known "
         f"states {rate['whole']:.1%} were called unknown ({rate['asked']:.0%} asked for); of the same cells with "
         f"counts and genes taken away {rate['poorer']:.1%}.",
         "",
-        "| axis | cells | calibration error before | after | coverage of 90% sets | mean size |",
-        "|---|---|---|---|---|---|",
     ]
-    for axis in (name for name in found if name not in {"patients", "unknown_rate", "undecoded"}):
+    axes = [name for name in found if name not in {"patients", "unknown_rate", "undecoded"}]
+    if axes:
+        lines += ["| axis | cells | calibration error before | after | coverage of 90% sets | mean size |"]
+        lines += ["|---|---|---|---|---|---|"]
+    for axis in axes:
         lines += [
             f"| {axis} | {'whole' if name == 'whole' else 'counts and genes taken away'} | {score['ece_before']:.3f} | "
             f"{score['ece']:.3f} | {score['coverage']:.3f} | {score['set_size']:.2f} |"
             for name, score in found[axis].items()
         ]
     return [*lines, ""]
+
+
+def calibrated(bundle: Bundle) -> bool:
+    """Whether confidence on any label axis means what it says."""
+    return bundle.trust is not None and bool(bundle.trust.calibration)
+
+
+def _uncalibrated(bundle: Bundle) -> str:
+    """What a model lacks that met no labels of patients held out."""
+    more = (
+        " Only cells with too few counts are called unknown, and samples get no verdict."
+        if bundle.trust is None
+        else ""
+    )
+    return (
+        "**Its confidence is not calibrated**: no network trained on authors' labels of some patients was shown those "
+        f"of others. Confidence is as trained, usually too sure, and there are no sets of states.{more} Labels of at "
+        "least two patients and `train.calibration_folds` would teach it."
+    )
 
 
 def _membership(bundle: Bundle) -> list[str]:

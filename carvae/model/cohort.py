@@ -5,7 +5,8 @@ Axes: N cells, G genes, C covariates, A label axes, S leaves.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -21,7 +22,7 @@ from carvae.data.store import CellStore
 from carvae.errors import ConfigError
 from carvae.labels.cohort import CohortLabels, StudyLabels, label_cells, refuse_confounded
 from carvae.labels.signatures import Signatures
-from carvae.labels.tree import LabelTree
+from carvae.labels.tree import EncodedLabels, LabelTree
 
 LABEL = "label"
 """Column of the store with the author's labels, empty where missing."""
@@ -93,6 +94,15 @@ class Cohort:
         axes = self.cohort_labels.labels.axes
         authored: NDArray[np.bool_] = np.any([(axis.code >= 0) & ~axis.weak for axis in axes], axis=0)
         return authored
+
+    def labelled_on(self, names: Collection[str]) -> Cohort:
+        """The same cells, whose labels on axes other than ``names`` are missing."""
+        assert self.cohort_labels is not None
+        axes = tuple(
+            axis if axis.axis in names else replace(axis, code=np.full_like(axis.code, -1))
+            for axis in self.cohort_labels.labels.axes
+        )
+        return replace(self, cohort_labels=CohortLabels(self.cohort_labels.tree, EncodedLabels(axes)))
 
     @property
     def weak(self) -> bool:

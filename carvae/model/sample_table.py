@@ -185,7 +185,8 @@ class Verdicts:
                 self.trust.reference,
             )
             hints = self.mixed.hints(number)
-            verdict, reason = limits.verdict(found, overlap, self.care_overlap, LEAST_OVERLAP, hints.words)
+            told = (self.trust.n_samples, hints.words)
+            verdict, reason = limits.verdict(found, overlap, self.care_overlap, LEAST_OVERLAP, *told)
             rows[number] = {
                 "verdict": verdict,
                 "verdict_reason": reason,

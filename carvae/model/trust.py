@@ -66,6 +66,8 @@ class Trust:
     """Share of held-out cells of known states that are called unknown."""
     undecoded: Undecoded | None = None
     """None in a model that is shared without its decoder, and in bundles before layout 5."""
+    n_samples: int | None = None
+    """Training samples that set the limits; None in bundles that do not say."""
 
     @property
     def decodes(self) -> bool:
@@ -133,6 +135,7 @@ class Trust:
             "unknown_rate": self.unknown_rate,
             "axes": list(self.calibration),
             "limits": self.limits is not None,
+            "samples": self.n_samples,
             "undecoded": self.undecoded is not None,
         }
 
@@ -196,6 +199,7 @@ class Trust:
             )
             if spec.get("undecoded")
             else None,
+            n_samples=spec.get("samples"),
         )
 
 

@@ -1,4 +1,4 @@
-"""Is a sample inside what the model knows? Its figures beside those of the training samples, each held out in turn.
+"""Is a sample inside what the model knows? Its figures beside those of training samples that were held out.
 
 Axes: M training samples, F figures, K latent.
 """
@@ -16,13 +16,13 @@ from carvae.model.novelty import Reference
 Floats = NDArray[np.float32]
 
 FIGURES = {
-    "fraction_unknown": "{value:.0%} of its cells are unknown (nine in ten in training: at most {limit:.0%})",
-    "mean_novelty": "mean novelty {value:.2f} (nine in ten in training: at most {limit:.2f})",
-    "batch_distance": "its mean is {value:.1f} from the training samples (nine in ten: at most {limit:.1f})",
-    "shallowness": "median depth {depth:.0f} counts over the panel (nine in ten in training: at least {least:.0f})",
+    "fraction_unknown": "{value:.0%} of its cells are unknown ({usual}at most {limit:.0%})",
+    "mean_novelty": "mean novelty {value:.2f} ({usual}at most {limit:.2f})",
+    "batch_distance": "its mean is {value:.1f} from the training samples ({usual}at most {limit:.1f})",
+    "shallowness": "median depth {depth:.0f} counts over the panel ({usual}at least {least:.0f})",
 }
-"""Figures in which more is worse -> what is said of a sample beyond its limit. Shallowness is -log2 of the median
-counts over the panel, on which a halving is a step."""
+"""Figures in which more is worse -> what is said of a sample beyond its limit, of ``usual`` samples by `_usual`.
+Shallowness is -log2 of the median counts over the panel, on which a halving is a step."""
 IN_RANGE, WITH_CARE, OUT_OF_RANGE = "in range", "with care", "out of range"
 MOST = 0.9
 """Share of the training samples that are in range by definition: one may be odd itself."""
@@ -53,7 +53,10 @@ class SampleFigures:
 
 @dataclass(frozen=True, slots=True)
 class SampleLimits:
-    """How far the training samples went when their patients were held out."""
+    """How far the labelled training samples went when their patients were held out.
+
+    Samples of other cells alone, which have no labels, set no limits and may lie far beyond them.
+    """
 
     care_F: Floats
     """What nine in ten of them stay within."""
@@ -76,6 +79,7 @@ class SampleLimits:
         overlap: float,
         care_overlap: float,
         least_overlap: float,
+        n_samples: int | None = None,
         hints: Sequence[str] = (),
     ) -> tuple[str, str]:
         """The verdict and its reasons, the worst first.
@@ -88,15 +92,19 @@ class SampleLimits:
             Share of the panel's genes that it has.
         care_overlap, least_overlap
             Shares below which care is due, and below which the model was never tested.
+        n_samples
+            Training samples behind the limits; None where that is not known.
         hints
             Of doublets and ambient RNA, for which care is due.
         """
+        beyond = [f for f, value in enumerate(sample.array()) if value > self.care_F[f]]
+        beyond.sort(key=lambda f: sample.array()[f] <= self.out_F[f])
         found: list[tuple[int, str]] = []
-        for f, text in enumerate(FIGURES.values()):
-            value, limit = float(sample.array()[f]), float(self.care_F[f])
-            if value > limit:
-                words = text.format(value=value, limit=limit, depth=2.0**-value, least=2.0**-limit)
-                found.append((2 if value > self.out_F[f] else 1, words))
+        for f in beyond:
+            value, limit, text = float(sample.array()[f]), float(self.care_F[f]), list(FIGURES.values())[f]
+            usual = "" if found else _usual(n_samples)  # once, at the first
+            words = text.format(value=value, limit=limit, depth=2.0**-value, least=2.0**-limit, usual=usual)
+            found.append((2 if value > self.out_F[f] else 1, words))
         if overlap < care_overlap:
             found.append((2 if overlap < least_overlap else 1, f"{1 - overlap:.0%} of the model's genes are missing"))
         if sample.n_cells < MIN_CELLS:
@@ -106,6 +114,12 @@ class SampleLimits:
             return IN_RANGE, ""
         found.sort(key=lambda grade: -grade[0])
         return (OUT_OF_RANGE if found[0][0] > 1 else WITH_CARE), "; ".join(words for _, words in found)
+
+
+def _usual(n_samples: int | None) -> str:
+    """Whose limit it is."""
+    whose = "the labelled training samples" if n_samples is None else f"{n_samples:,} labelled training samples"
+    return f"nine in ten of {whose}, held out: "
 
 
 def figures(

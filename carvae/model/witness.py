@@ -20,6 +20,7 @@ from carvae.model.cohort import Cohort
 from carvae.model.metrics import expected_calibration_error
 from carvae.model.network import Network
 from carvae.model.novelty import Floats, Reference, Scale, observe, refer, views, without_decoded
+from carvae.model.teaching import taught
 from carvae.model.trust import Trust, Undecoded
 from carvae.model.verdict import LEAST_OVERLAP, MIN_CELLS, SampleFigures, SampleLimits, figures
 
@@ -45,14 +46,14 @@ class HeldOut:
 
     log_probability: dict[str, Floats]
     truth: dict[str, NDArray[np.int32]]
-    """Label axis -> leaf by the author, -1 where unknown."""
+    """Label axis -> leaf by the author, -1 where unknown or the network was not taught the axis."""
     view_NT: NDArray[np.float64]
     counts_N: NDArray[np.float64]
     """Counts over the panel, after thinning."""
     overlap_N: NDArray[np.float64]
     patient_N: NDArray[np.object_]
     known_N: NDArray[np.bool_]
-    """Whether the cell bears a label."""
+    """Whether the cell bears a label of an axis that the network was taught."""
     whole_N: NDArray[np.bool_]
     """Whether nothing was taken from the cell."""
     shortage_N: NDArray[np.float64]
@@ -88,6 +89,8 @@ class Witness:
     reference: Reference
     samples: list[tuple[NDArray[np.intp], Floats]]
     """Whole cells of each sample (rows of ``cells``), and their latent coordinates."""
+    axes: tuple[str, ...]
+    """Label axes that the network was taught."""
 
 
 def reference_of(network: Network, cohort: Cohort, rows_N: NDArray[np.int64], identity: Sequence[str]) -> Reference:
@@ -106,7 +109,13 @@ def reference_of(network: Network, cohort: Cohort, rows_N: NDArray[np.int64], id
 def witness(
     network: Network, cohort: Cohort, split: PatientSplit, identity: Sequence[str], rng: np.random.Generator
 ) -> Witness:
-    """Show a network the patients that it was not trained on, whole and with counts and genes taken away."""
+    """Show a network the patients that it was not trained on, whole and with counts and genes taken away.
+
+    Labels of axes that it was not taught count as missing: what it says of them is chance.
+    """
+    assert cohort.cohort_labels is not None
+    axes = taught(cohort.cohort_labels.labels, split.train)
+    cohort = cohort.labelled_on(axes)
     reference = reference_of(network, cohort, split.train, identity)
     all_G = np.ones(len(cohort.store.header.genes), np.bool_)
     cells, latent_NK = _seen(network, cohort, split.validation, reference, all_G)
@@ -120,7 +129,7 @@ def witness(
     cells = joined(parts)
     n_trained = max(int(cohort.labelled_N[split.train].sum()), 1)
     shortage = math.log(max(int(cohort.labelled_N.sum()), 1) / n_trained)
-    return Witness(replace(cells, shortage_N=np.full(cells.counts_N.size, shortage)), reference, samples)
+    return Witness(replace(cells, shortage_N=np.full(cells.counts_N.size, shortage)), reference, samples, axes)
 
 
 def _poorer(
@@ -202,12 +211,13 @@ def learn(witnesses: Sequence[Witness], reference: Reference, unknown_rate: floa
     trust = Trust(reference, fitted.bins, fitted.scale, fitted.calibration, None, unknown_rate)
     undecoded = Undecoded(fitted.undecoded, None)
     blind = replace(trust, undecoded=undecoded).shared()
-    undecoded = replace(undecoded, limits=_limits(witnesses, blind))
-    return replace(trust, limits=_limits(witnesses, trust), undecoded=undecoded)
+    undecoded = replace(undecoded, limits=SampleLimits.fit(_figures(witnesses, blind)))
+    samples = _figures(witnesses, trust)
+    return replace(trust, limits=SampleLimits.fit(samples), undecoded=undecoded, n_samples=len(samples))
 
 
-def _limits(witnesses: Sequence[Witness], trust: Trust) -> SampleLimits | None:
-    """How far the held-out samples went, by the views and the reference of ``trust``."""
+def _figures(witnesses: Sequence[Witness], trust: Trust) -> list[SampleFigures]:
+    """How far the held-out samples with labels went, by the views and the reference of ``trust``."""
     samples: list[SampleFigures] = []
     for seen in witnesses:
         reference, cells = seen.reference, seen.cells
@@ -220,7 +230,7 @@ def _limits(witnesses: Sequence[Witness], trust: Trust) -> SampleLimits | None:
                 continue  # a sorted fraction of other cells, say, which sets no example
             novelty_N = trust.scale.novelty(own.view_NT, trust.bins.of(own.counts_N, own.overlap_N))
             samples.append(figures(latent_NK, novelty_N, own.counts_N, reference, trust.unknown_rate))
-    return SampleLimits.fit(samples)
+    return samples
 
 
 def usual_shares(witnesses: Sequence[Witness], trust: Trust, leaves: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
@@ -247,6 +257,8 @@ def usual_shares(witnesses: Sequence[Witness], trust: Trust, leaves: Mapping[str
             if known.counts_N.size < MIN_CELLS:
                 continue
             for axis, names in leaves.items():
+                if axis not in seen.axes:
+                    continue
                 label_N = known.log_probability[axis].argmax(1)
                 shares[axis].append(np.bincount(label_N, minlength=len(names)) / label_N.size)
     found: dict[str, Any] = {}

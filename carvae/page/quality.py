@@ -82,7 +82,7 @@ def _range(facts: Facts, table: pd.DataFrame) -> Picture:
     shows = "What the verdicts rest on, a dot per sample."
     if limits:
         shows += (
-            " On the plain ground a sample is within what nine in ten training samples showed when they were held "
+            " On the plain ground a sample is within what nine in ten labelled training samples showed when held "
             "out; on "
             "the orange care is due, on the red it is out of range."
         )

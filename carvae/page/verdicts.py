@@ -45,10 +45,9 @@ def section(facts: Facts) -> Section:
         blocks.append(
             Text(
                 f"Of {several(len(lights), 'sample')}: {', '.join(said)}. In range means that the sample differs "
-                "from the "
-                "training samples no more than nine in ten of them differed from the others when they were held out; "
-                "out of "
-                "range means twice as far from their middle. The verdict is on the data, not on the patient."
+                "from the labelled training samples no more than nine in ten of them differed from the others when "
+                "they were held out; out of range means twice as far from their middle. The verdict is on the data, "
+                "not on the patient."
             )
         )
     blocks.append(Lights(tuple(lights[:MOST_LIGHTS])))
