@@ -2,9 +2,10 @@
 
 Sequencing is what a product's report costs most. A design is a number of cells per sample and a mean number of UMIs per
 cell; cells are left out at random and counts are thinned binomially, as shallower sequencing would, and what the model
-then says is compared with what it says of all the data.
+then says is compared with what it says of all the data. One set of data is sequenced once, so a design is judged by the
+worst sample of each random draw, and by nearly all draws.
 
-Axes: N cells, B samples, S labels.
+Axes: N cells, B samples, J samples that are judged, S labels, T thinnings, D draws, K numbers of cells.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,10 @@ from carvae.model.query import UNKNOWN, Calls, Query, Samples, calls, order_with
 log = logging.getLogger(__name__)
 
 TABLE, PLOT = "plan.csv", "plan.png"
+SURE = 0.95
+"""How sure it is that so many draws stay within the error as were asked for: one design of many is chosen, so one that
+was lucky in its draws must not be taken for a good one."""
+NAMED = 10  # samples named in a message
 NEAR = 1.3  # depths nearer to each other than by this factor share one tick of the plot
 
 
@@ -49,14 +55,24 @@ def run(query: Path, model: Path, out: Path, config: PlanConfig, predict: Predic
     samples = Samples.of(sources, predict.sample)
     cells = read(sources, bundle, predict, samples, samples.evenly(config.max_cells, rng))
     main = bundle.axes[0]
-    table = designs(cells, lambda panel: calls(panel, bundle, predict, cells.present_G)[main], config, rng)
+
+    def calls_of(panel: sp.csr_matrix) -> Calls:
+        return calls(panel, bundle, predict, cells.present_G)[main]
+
+    place_of_bound(config)  # refuses before the work
+    whole = Whole.of(cells, calls_of(cells.panel), config)
+    if left_out := whole.left_out(cells):
+        log.warning("%s", left_out)
+    table = designs(cells, whole, calls_of, config, rng)
     chosen = cheapest(table, config.max_error)
     out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         places = [stack.enter_context(replacing_file(out / name)) for name in (TABLE, PLOT)]
         write_table(table.assign(cheapest=table.index == chosen), places[0])
         draw(table, chosen, config, places[1])
-    log.info("%s", sentence(table, chosen, config))
+    log.info("%s", sentence(table, chosen, config, int(whole.judged_B.sum())))
+    for note in limits(cells, whole, table["cells_per_sample"][chosen], table["umis_per_cell"][chosen]):
+        log.info("%s", note)
     log.info("wrote %s and %s", out / TABLE, out / PLOT)
     return out
 
@@ -66,8 +82,53 @@ def refuse(bundle: Bundle, out: Path) -> None:
     refuse_place(bundle, out, "plan")
 
 
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """What the model says of all the data, with which every design is compared."""
+
+    calls: Calls
+    composition_BS: NDArray[np.float64]
+    known_B: NDArray[np.intp]
+    """Cells with a label in each sample."""
+    judged_B: NDArray[np.bool_]
+    """Samples of which enough cells have one."""
+
+    @classmethod
+    def of(cls, cells: Query, calls: Calls, config: PlanConfig) -> Whole:
+        """From what the model says of all cells; raises CountsError where no sample can be judged."""
+        known_N = calls.label_N != UNKNOWN
+        if not known_N.any():
+            raise CountsError(
+                "every cell of the query is unknown to the model, so there is no composition to keep; look at what "
+                "`carvae annotate` says of it, or lower predict.min_counts"
+            )
+        known_B = np.bincount(cells.sample_N[known_N], minlength=len(cells.samples))
+        judged_B = known_B >= config.min_known
+        if not judged_B.any():
+            most = int(known_B.argmax())
+            raise CountsError(
+                f"no sample has plan.min_known={config.min_known} cells that the model knows (most has "
+                f"{cells.samples[most]}, {known_B[most]}), so no composition can be judged; plan with larger samples, "
+                "or raise plan.max_cells if it left cells out"
+            )
+        return cls(calls, composition(cells, calls.label_N, np.ones(len(known_N), bool)), known_B, judged_B)
+
+    def left_out(self, cells: Query) -> str:
+        """The samples that are not judged, in words; empty where all are."""
+        names = [f"{cells.samples[b]} ({self.known_B[b]})" for b in np.flatnonzero(~self.judged_B)]
+        return (
+            f"too few cells that the model knows to be judged, and left out of the error: {_some(names)}"
+            if names
+            else ""
+        )
+
+
 def designs(
-    cells: Query, calls_of: Callable[[sp.csr_matrix], Calls], config: PlanConfig, rng: np.random.Generator
+    cells: Query,
+    whole: Whole,
+    calls_of: Callable[[sp.csr_matrix], Calls],
+    config: PlanConfig,
+    rng: np.random.Generator,
 ) -> pd.DataFrame:
     """One row per design: what it costs, and how far its answers are from those of all the data.
 
@@ -76,68 +137,116 @@ def designs(
     absolute differences; unknown cells are left out of both. Columns:
 
     ``umis_per_cell``, ``cells_per_sample``
-        The means that the design comes to.
-    ``cost``
-        Cells x UMIs, or cells x reads where ``plan.reads_per_cell`` says how many reads the data took.
-    ``error_worst``, ``error_median``
-        The worst, and the median sample's median error over the draws.
+        Mean UMIs per cell, and cells, of each sample that has so many; the last of each are what the data has most of.
+    ``n_cells``, ``cost``
+        Cells in all; cells x UMIs, or cells x reads where ``plan.reads_per_cell`` says how many reads the data took.
+    ``error_worst``
+        The worst judged sample's error stays at or below this in the share ``plan.chance`` of draws: the upper 95%
+        confidence bound of that quantile.
+    ``error_median``
+        Median over draws and judged samples.
+    ``draws_within``
+        Share of the draws in which every judged sample is within ``plan.max_error``.
     ``agreement``
         Share of cells with the label that they have at full depth, of those that have one there.
     ``confidence_change``, ``unknown``
         Mean confidence less that at full depth; share of cells with too few counts.
     """
-    full = calls_of(cells.panel)
-    if (full.label_N == UNKNOWN).all():
-        raise CountsError(
-            "every cell of the query is unknown to the model, so there is no composition to keep; look at what `carvae "
-            "annotate` says of it, or lower predict.min_counts"
-        )
     reads_of = saturation(float(cells.total_N.mean()), config.reads_per_cell)
     depth_B, n_B = cells.depth_B(), np.bincount(cells.sample_N)
-    depths = [float(d) for d in sorted(set(config.umis)) if d < depth_B.max()] + [np.inf]
+    depths = [float(d) for d in sorted(set(config.umis)) if d < depth_B.max()] + [float(depth_B.max())]
     sizes = [int(n) for n in sorted(set(config.cells)) if n < n_B.max()] + [int(n_B.max())]
     rows = []
     for depth in depths:
         share_B = np.minimum(1.0, depth / depth_B)
-        tried = _tried(cells, full, calls_of, share_B, sizes, config.draws, rng)
+        tried = _tried(cells, whole, _thinnings(cells, whole, calls_of, share_B, config, rng), sizes, config, rng)
         for size, measured in zip(sizes, tried, strict=True):
             taken_B = np.minimum(size, n_B)
-            umis = float((taken_B * share_B * depth_B).sum() / taken_B.sum())
             cost = float((taken_B * [reads_of(umi) for umi in share_B * depth_B]).sum())
-            design = {"umis_per_cell": umis, "cells_per_sample": float(taken_B.mean()), "n_cells": int(taken_B.sum())}
-            rows.append(design | {"cost": cost} | measured)
-        log.info("tried %.0f UMIs per cell", rows[-1]["umis_per_cell"])
+            design = {"umis_per_cell": depth, "cells_per_sample": size, "n_cells": int(taken_B.sum()), "cost": cost}
+            rows.append(design | measured)
+        log.info("tried %s UMIs per cell", f"{depth:,.0f}")
     return pd.DataFrame(rows)
+
+
+def _thinnings(
+    cells: Query,
+    whole: Whole,
+    calls_of: Callable[[sp.csr_matrix], Calls],
+    share_B: NDArray[np.float64],
+    config: PlanConfig,
+    rng: np.random.Generator,
+) -> list[Calls]:
+    if share_B.min() == 1:
+        return [whole.calls]
+    return [calls_of(thinned(cells, share_B, rng)) for _ in range(config.thinnings)]
 
 
 def _tried(
     cells: Query,
-    full: Calls,
-    calls_of: Callable[[sp.csr_matrix], Calls],
-    share_B: NDArray[np.float64],
+    whole: Whole,
+    thinnings: Sequence[Calls],
     sizes: Sequence[int],
-    draws: int,
+    config: PlanConfig,
     rng: np.random.Generator,
 ) -> list[dict[str, float]]:
-    """What each number of cells gives at one depth."""
-    whole_BS = composition(cells, full.label_N, np.ones(len(full.label_N), bool))
-    errors = np.empty((draws, len(sizes), len(cells.samples)))
+    """What each number of cells gives at one depth.
+
+    Counts are thinned, and labels told, of each cell apart from the others, so taking every cell from a thinning of its
+    own at random is one more draw of the whole: a few thinnings, which take time, serve for many draws.
+    """
+    label_TN, confidence_TN = (np.stack([getattr(c, name) for c in thinnings]) for name in ("label_N", "confidence_N"))
+    errors_DKJ = np.empty((config.draws, len(sizes), int(whole.judged_B.sum())))
     others: list[list[tuple[float, float, float]]] = [[] for _ in sizes]
-    for draw_number in range(draws):
-        said = full if share_B.min() == 1 else calls_of(thinned(cells, share_B, rng))
+    every_N = np.arange(len(cells.sample_N))
+    for draw_number in range(config.draws):
+        from_N = rng.integers(len(thinnings), size=len(every_N))
+        said = Calls(label_TN[from_N, every_N], confidence_TN[from_N, every_N])
         order_N = order_within(cells.sample_N, rng)
         for i, size in enumerate(sizes):
             taken_N = order_N < size
-            errors[draw_number, i] = distance(composition(cells, said.label_N, taken_N), whole_BS)
-            others[i].append(_compared(said, full, taken_N))
-    median = np.median(errors, axis=0)
-    found = []
-    for i in range(len(sizes)):
-        agreement, confidence, unknown = np.mean(others[i], axis=0)
-        errors_of = {"error_worst": float(median[i].max()), "error_median": float(np.median(median[i]))}
-        rest = {"agreement": float(agreement), "confidence_change": float(confidence), "unknown": float(unknown)}
-        found.append(errors_of | rest)
-    return found
+            error_B = distance(composition(cells, said.label_N, taken_N), whole.composition_BS)
+            errors_DKJ[draw_number, i] = error_B[whole.judged_B]
+            others[i].append(_compared(said, whole.calls, taken_N))
+    return [_summary(errors_DKJ[:, i], others[i], config) for i in range(len(sizes))]
+
+
+def _summary(
+    errors_DJ: NDArray[np.float64], others: list[tuple[float, float, float]], config: PlanConfig
+) -> dict[str, float]:
+    worst_D = np.sort(errors_DJ.max(1))
+    agreement, confidence, unknown = np.mean(others, axis=0)
+    return {
+        "error_worst": float(worst_D[place_of_bound(config)]),
+        "error_median": float(np.median(errors_DJ)),
+        "draws_within": float((worst_D <= config.max_error).mean()),
+        "agreement": float(agreement),
+        "confidence_change": float(confidence),
+        "unknown": float(unknown),
+    }
+
+
+def place_of_bound(config: PlanConfig) -> int:
+    """Where, from 0, in the sorted errors of the draws is the upper confidence bound of the ``plan.chance`` quantile.
+
+    Fewer than ``place`` + 1 draws lie below the true quantile with the probability `SURE` or more, whatever the errors'
+    distribution is (Conover 1999, Practical Nonparametric Statistics, 3.2).
+
+    Raises
+    ------
+    ConfigError
+        The draws are too few for any of them to be that bound.
+    """
+    from scipy.stats import binom
+
+    place = int(binom.ppf(SURE, config.draws, config.chance))
+    if place >= config.draws:
+        enough = int(np.ceil(np.log(1 - SURE) / np.log(config.chance)))
+        raise ConfigError(
+            f"plan.draws={config.draws} are too few to tell what holds in {config.chance:.0%} of draws; take {enough} "
+            "or more"
+        )
+    return place
 
 
 def _compared(calls: Calls, full: Calls, taken_N: NDArray[np.bool_]) -> tuple[float, float, float]:
@@ -209,17 +318,39 @@ def cheapest(table: pd.DataFrame, max_error: float) -> int:
     return int(within[np.argmin(table["cost"].to_numpy()[within])])
 
 
-def sentence(table: pd.DataFrame, chosen: int, config: PlanConfig) -> str:
+def sentence(table: pd.DataFrame, chosen: int, config: PlanConfig, n_judged: int) -> str:
     """The choice in words."""
     row, most = table.loc[chosen], table["cost"].max()
+    whose = "the judged sample's composition" if n_judged == 1 else f"the compositions of all {n_judged} judged samples"
+    keeps = f"keeps {whose} within {config.max_error:g} in {config.chance:.0%} of draws"
+    if row["cost"] == most:
+        return f"no design smaller than all the data at hand {keeps}; nothing here can be saved, and more may be needed"
     unit = "UMIs" if config.reads_per_cell is None else "reads"
     return (
-        f"cheapest design that keeps every sample's composition within {config.max_error:g}: "
-        f"{row['cells_per_sample']:,.0f} cells per sample at {row['umis_per_cell']:,.0f} UMIs per cell, "
-        f"{row['cost']:,.0f} {unit} in all, {row['cost'] / most:.0%} of the data at hand "
-        f"(worst sample's error {row['error_worst']:.3f}, "
+        f"cheapest design that {keeps}: {row['cells_per_sample']:,.0f} cells per sample at "
+        f"{row['umis_per_cell']:,.0f} UMIs per cell, {row['cost']:,.0f} {unit} in all, {row['cost'] / most:.0%} of the "
+        f"data at hand (worst sample's error at most {row['error_worst']:.3f} in {config.chance:.0%} of draws, "
         f"{row['agreement']:.0%} of the labels as at full depth)"
     )
+
+
+def limits(cells: Query, whole: Whole, size: int, depth: float) -> list[str]:
+    """What the data at hand cannot tell of a design, in words: the judged samples that have less than it asks for."""
+    judged = np.flatnonzero(whole.judged_B)
+    n_B, depth_B = np.bincount(cells.sample_N), cells.depth_B()
+    fewer = [f"{cells.samples[b]} ({n_B[b]:,})" for b in judged if n_B[b] < size]
+    shallower = [f"{cells.samples[b]} ({depth_B[b]:,.0f})" for b in judged if depth_B[b] < depth]
+    notes = []
+    if fewer:
+        notes.append(f"fewer cells than that, so all were taken and only the depth was tried: {_some(fewer)}")
+    if shallower:
+        notes.append(f"fewer UMIs per cell than that, so the depth was left as it is: {_some(shallower)}")
+    return notes
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def draw(table: pd.DataFrame, chosen: int, config: PlanConfig, path: Path) -> None:
@@ -228,15 +359,16 @@ def draw(table: pd.DataFrame, chosen: int, config: PlanConfig, path: Path) -> No
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    groups = list(table.groupby(table["cells_per_sample"].round(1)))
+    groups = list(table.groupby("cells_per_sample"))
     for i, (size, rows) in enumerate(groups):
         shade = str(0.8 * (1 - i / max(1, len(groups) - 1)))
         left.plot(rows["umis_per_cell"], rows["error_worst"], "o-", color=shade, label=f"{size:,.0f}", markersize=4)
     left.axhline(config.max_error, color="C3", linestyle="--", linewidth=1)
     row = table.loc[chosen]
     left.plot(row["umis_per_cell"], row["error_worst"], "o", markersize=12, markerfacecolor="none", color="C3")
-    left.legend(title="cells per sample (mean)", fontsize="small", title_fontsize="small")
-    left.set(xscale="log", xlabel="UMIs per cell", ylabel="error of composition, worst sample", ylim=(0, None))
+    left.legend(title="cells per sample", fontsize="small", title_fontsize="small")
+    left.set(xscale="log", xlabel="UMIs per cell", ylim=(0, None))
+    left.set_ylabel(f"error of composition, worst sample\nin {config.chance:.0%} of draws at most")
     left.set_title("ring: the cheapest within the dashed line", fontsize="medium")
     deepest = groups[-1][1]
     for name, values, mark in (

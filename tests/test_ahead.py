@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -15,13 +16,16 @@ import numpy as np
 import pandas as pd
 import pytest
 from anndata import AnnData
-from trained import World
+from hypothesis import given
+from hypothesis import strategies as st
+from trained import World, carvae
 
 from carvae import predict
 from carvae.config import PredictConfig
 from carvae.errors import ConfigError, GeneError
 from carvae.model import query_pass
 from carvae.model.ahead import Behind, ahead, on_dask
+from carvae.model.query_pass import CHUNKS_PER_TASK, FEWEST_PER_TASK, TASKS_PER_WORKER, cells_per_task
 
 
 class Thing:
@@ -85,13 +89,80 @@ def test_what_is_handed_over_is_done_in_order_and_an_error_comes_up() -> None:
 def test_places_where_no_cluster_is_are_one_sentence(world: World, tmp_path: Path) -> None:
     for place in ("local:none", "local:0"):
         with pytest.raises(ConfigError, match="says no number of processes; write for example local:2"):
-            next(iter(on_dask(place, len, [(1,)])))
+            next(iter(on_dask(place, len, lambda _: [(1,)])))
     with pytest.raises(ConfigError, match="not on an AnnData in memory"):
         predict.embed(world.query, world.bundle, PredictConfig(dask="local"))
     config = PredictConfig(dask="tcp://127.0.0.1:9")
     with pytest.raises(ConfigError, match="no Dask scheduler answers there"):
         predict.run(world.query_path, world.bundle, tmp_path / "o.csv", config, label=False)
     assert list(tmp_path.iterdir()) == []
+
+
+@given(st.integers(1, 10**7), st.integers(1, 64), st.integers(1, 10**4))
+def test_every_worker_has_tasks_and_none_is_tiny(n_cells: int, n_workers: int, chunk_size: int) -> None:
+    step = cells_per_task(n_cells, n_workers, chunk_size)
+    assert step <= chunk_size or step % chunk_size == 0
+    assert min(FEWEST_PER_TASK, chunk_size) <= step <= CHUNKS_PER_TASK * chunk_size
+    if step > FEWEST_PER_TASK:
+        assert -(-n_cells // step) > (TASKS_PER_WORKER - 1) * n_workers
+
+
+def test_a_study_of_ten_thousand_cells_is_shared_and_millions_go_in_large_tasks() -> None:
+    assert -(-10_075 // cells_per_task(10_075, 2, 4096)) == 10
+    assert cells_per_task(10_000_000, 16, 4096) == 8 * 4096
+
+
+def test_a_pass_gives_every_worker_some_cells_and_every_cell_once(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def three_workers(_: str, function: Any, tasks_for: Any) -> Iterator[Any]:
+        for task in tasks_for(3):
+            seen.append(task.cells)
+            yield function(task)
+
+    monkeypatch.setattr(query_pass, "on_dask", three_workers)
+    monkeypatch.setattr(query_pass, "FEWEST_PER_TASK", 5)
+    for name, place in (("alone", None), ("shared", "local:3")):
+        predict.run(world.query_path, world.bundle, tmp_path / f"{name}.csv", PredictConfig(dask=place), label=True)
+    cells = [cell for task in seen for cell in range(world.query.n_obs)[task]]
+    assert len(seen) >= 3 * (TASKS_PER_WORKER - 1)
+    assert cells == list(range(world.query.n_obs))
+    alone, shared = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("alone", "shared"))
+    pd.testing.assert_frame_equal(alone, shared, rtol=1e-4)
+
+
+@pytest.mark.dask
+@pytest.mark.filterwarnings("ignore")
+def test_nothing_of_dasks_own_log_is_on_the_screen_but_its_warnings(
+    world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    own = logging.getLogger("distributed")
+    before, propagated = own.level, own.propagate
+    own.propagate = True  # as it is where carvae's own messages were set up first
+    own.setLevel(logging.INFO)
+    add = query_pass.Pass.add
+
+    def and_warn(self: Any, part: Any) -> None:
+        logging.getLogger("distributed.nanny").warning("a worker uses much memory")
+        add(self, part)
+
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(query_pass.Pass, "add", and_warn)
+            asked = ("annotate", world.query_path, "--model", world.bundle, "--out", tmp_path / "o.csv")
+            answer = carvae(*asked, "predict.dask=local:2")
+        assert answer.code == 0, answer.err
+        assert own.level == logging.INFO
+    finally:
+        own.setLevel(before)
+        own.propagate = propagated
+    of_dask = [record.getMessage() for record in caplog.records if record.name.startswith("distributed")]
+    assert set(of_dask) == {"a worker uses much memory"}
+    assert any(record.name.startswith("carvae") for record in caplog.records)
+    printed = capfd.readouterr()
+    assert "distributed" not in printed.err + printed.out + answer.err
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -56,7 +57,9 @@ class Behind:
         self.last = self.pool.submit(self.function, item)
 
 
-def on_dask(address: str, function: Callable[[Task], Item], tasks: Iterable[Task]) -> Iterator[Item]:
+def on_dask(
+    address: str, function: Callable[[Task], Item], tasks_for: Callable[[int], Iterable[Task]]
+) -> Iterator[Item]:
     """``function`` of each task in order, computed by the workers of a Dask cluster.
 
     What a worker was at when it died is done again by another. Only a few results more than there are workers are on
@@ -66,15 +69,17 @@ def on_dask(address: str, function: Callable[[Task], Item], tasks: Iterable[Task
     ----------
     address
         A scheduler's address, or ``local`` or ``local:N`` for N processes on this machine.
+    tasks_for
+        The tasks for so many workers.
 
     Raises
     ------
     ConfigError
         Dask is not installed, the address is none, or nobody answers there.
     """
-    remaining = iter(tasks)
     with _client(address) as client:
         n_workers = max(1, sum(client.nthreads().values()))
+        remaining = iter(tasks_for(n_workers))
         waiting = deque(
             client.submit(function, task, pure=False, retries=RETRIES) for task in islice(remaining, 2 * n_workers)
         )
@@ -99,12 +104,23 @@ def _client(address: str) -> Iterator[Any]:
             raise ConfigError(f"predict.dask={address!r} says no number of processes; write for example local:2")
         n_workers = int(number) if number else None
         with (
+            _warnings_alone(),
             config.set({"distributed.worker.daemon": True}),
             LocalCluster(n_workers=n_workers, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
             Client(cluster) as client,
         ):
-            yield client
+            client.run(_hush_worker)
+            try:
+                yield client
+            finally:  # all results are here; a worker that is slow to end is killed, which harms nobody
+                logging.getLogger("distributed").setLevel(logging.ERROR)
         return
+    with _warnings_alone(), _client_of(address, Client) as client:
+        yield client
+
+
+@contextmanager
+def _client_of(address: str, Client: Any) -> Iterator[Any]:
     try:
         client = Client(address, timeout="10s")
     except (OSError, ValueError, TypeError) as error:
@@ -118,3 +134,24 @@ def _client(address: str) -> Iterator[Any]:
                 f"the Dask scheduler at {address} has no workers; start some with `dask worker {address}`"
             )
         yield client
+
+
+@contextmanager
+def _warnings_alone() -> Iterator[None]:
+    """Of Dask's own log, which is set to go to the screen once it is imported, let through warnings and errors."""
+    own = logging.getLogger("distributed")
+    before = own.level
+    own.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        own.setLevel(before)
+
+
+def _hush_worker() -> None:
+    """In a worker on this machine: an error of a task comes to the caller, and a dead worker is told by its nanny.
+
+    Else a heartbeat that is under way when all is closed down is told as an error, with its stack.
+    """
+    logging.getLogger("distributed.worker").setLevel(logging.CRITICAL)
+    logging.getLogger("distributed.worker.memory").setLevel(logging.WARNING)

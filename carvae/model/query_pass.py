@@ -37,7 +37,11 @@ from carvae.model.sample_table import SampleTable, Verdicts
 log = logging.getLogger(__name__)
 
 CHUNKS_PER_TASK = 8
-"""Chunks that a Dask worker labels at a time."""
+"""Most chunks that a Dask worker labels at a time."""
+TASKS_PER_WORKER = 4
+"""Tasks that each worker has at least, as far as there are cells: so none is idle, and slow ones have fewer."""
+FEWEST_PER_TASK = 512
+"""Fewer cells are not worth a task of their own. A power of two, so that products of matrices go by the same steps."""
 TOLD = ("sample", "patient", "timepoint", "product")
 """What is kept of what the query says of its cells."""
 
@@ -100,16 +104,17 @@ class Pass:
                 yield labeller(block)
 
     def labelled_on_dask(self, address: str, model: Path) -> Iterator[Labelled]:
-        """As `labelled`, by the workers of a cluster; the chunks, and so the results, are the same."""
+        """As `labelled`, by the workers of a cluster; the results are the same, to the last digit or nearly."""
         assert isinstance(self.query, Path)
         query = _Query(self.query.resolve(), model.resolve(), self.config, self.label, self.whole, secrets.token_hex(8))
-        step = CHUNKS_PER_TASK * self.config.chunk_size
-        tasks = (
-            _Task(query, number, slice(start, start + step))
-            for number, source in enumerate(self.sources)
-            for start in range(0, source.n_cells, step)
-        )
-        for parts in on_dask(address, _do, tasks):
+
+        def tasks_for(n_workers: int) -> Iterator[_Task]:
+            step = cells_per_task(sum(source.n_cells for source in self.sources), n_workers, self.config.chunk_size)
+            for number, source in enumerate(self.sources):
+                for start in range(0, source.n_cells, step):
+                    yield _Task(query, number, slice(start, start + step))
+
+        for parts in on_dask(address, _do, tasks_for):
             yield from parts
 
     def add(self, part: Labelled) -> None:
@@ -192,6 +197,15 @@ class _Query:
     whole: bool
     run: str
     """Tells runs apart: a later one may find other files in the same places."""
+
+
+def cells_per_task(n_cells: int, n_workers: int, chunk_size: int) -> int:
+    """Cells of one task: few enough that every worker has some, whole chunks where that leaves enough tasks."""
+    share = -(-n_cells // (TASKS_PER_WORKER * n_workers))
+    if share > chunk_size:
+        return min(share // chunk_size, CHUNKS_PER_TASK) * chunk_size
+    fewest = min(FEWEST_PER_TASK, chunk_size)
+    return max(share // fewest, 1) * fewest
 
 
 @dataclass(frozen=True)
