@@ -371,9 +371,8 @@ def demo(
     print(run(out))
 
 
-app.command()(verbs.export)
-app.command()(verbs.reproduce)
-app.command()(verbs.doctor)
+for verb in (verbs.export, verbs.reproduce, verbs.doctor):
+    app.command()(verb)
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from carvae.config import PlanConfig, PredictConfig
+from carvae.config import PredictConfig
 from carvae.data.atomic import replacing_file
 from carvae.data.readers import open_samples
 from carvae.data.spreadsheet import write_table
@@ -29,6 +29,7 @@ from carvae.errors import ConfigError, CountsError
 from carvae.model.bundle import Bundle
 from carvae.model.machine import load_on
 from carvae.model.query import UNKNOWN, Calls, Query, Samples, calls, order_within, read, refuse_place
+from carvae.section_plan import PlanConfig
 
 log = logging.getLogger(__name__)
 

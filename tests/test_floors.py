@@ -21,7 +21,16 @@ ROOT = PACKAGE.parent
 FLOOR = {
     "errors": 0,
     **dict.fromkeys(
-        ("section", "section_patient", "section_respond", "section_report", "section_compare", "config"), 1
+        (
+            "section",
+            "section_patient",
+            "section_respond",
+            "section_report",
+            "section_compare",
+            "section_plan",
+            "config",
+        ),
+        1,
     ),
     **dict.fromkeys(("data", "labels"), 2),
     **dict.fromkeys(("model", "plots"), 3),
@@ -35,7 +44,7 @@ FLOOR = {
     "__main__": 11,
 }
 # Training rebuilds a store that is out of date; a config is made of sections.
-_SECTIONS = ("section", "section_patient", "section_respond", "section_report", "section_compare")
+_SECTIONS = ("section", "section_patient", "section_respond", "section_report", "section_compare", "section_plan")
 BESIDE = {("train", "ingest"), *((a, "section") for a in _SECTIONS[1:]), *(("config", a) for a in _SECTIONS)}
 ONLY_IN = {
     "lightning": {"model/objective.py", "model/trainer.py", "model/dashboard.py"},
