@@ -45,19 +45,23 @@ class Mixed:
 class Markers:
     """Where a source has the markers."""
 
-    t_cell: NDArray[np.intp]
-    lineages: tuple[NDArray[np.intp], ...]
+    group_G: NDArray[np.int64]
+    """0 for a marker of T cells, from 1 on those of the lineages, -1 for any other gene."""
 
     @classmethod
     def of(cls, symbols: Sequence[str]) -> Markers:
-        """Places among a source's genes; a lineage may have none."""
-        groups = [np.flatnonzero(np.isin(symbols, genes)) for genes in (T_CELL, *LINEAGES.values())]
-        return cls(groups[0], tuple(groups[1:]))
+        """Among a source's genes; a lineage may have none."""
+        group = {gene: k for k, genes in enumerate((T_CELL, *LINEAGES.values())) for gene in genes}
+        return cls(np.array([group.get(symbol, -1) for symbol in symbols], np.int64))
 
     def look(self, counts: sp.csr_matrix) -> Mixed:
         """Counts of the markers in each cell, [N, G] -> [N] and [N, L]."""
-        t_N, *other = (np.asarray(counts[:, at].sum(axis=1)).ravel() for at in (self.t_cell, *self.lineages))
-        return Mixed(t_N >= LEAST_T, np.column_stack(other).astype(np.int64))
+        from carvae.data.rows import moved  # numba is slow to import
+
+        if (self.group_G < 0).all():
+            return Mixed(np.zeros(counts.shape[0], np.bool_), np.zeros((counts.shape[0], len(LINEAGES)), np.int64))
+        of_group = moved(counts, self.group_G, 1 + len(LINEAGES)).toarray()
+        return Mixed(of_group[:, 0] >= LEAST_T, of_group[:, 1:].astype(np.int64))
 
 
 class MixedSums:
