@@ -58,8 +58,6 @@ class Markers:
         """Counts of the markers in each cell, [N, G] -> [N] and [N, L]."""
         from carvae.data.rows import moved  # numba is slow to import
 
-        if (self.group_G < 0).all():
-            return Mixed(np.zeros(counts.shape[0], np.bool_), np.zeros((counts.shape[0], len(LINEAGES)), np.int64))
         of_group = moved(counts, self.group_G, 1 + len(LINEAGES)).toarray()
         return Mixed(of_group[:, 0] >= LEAST_T, of_group[:, 1:].astype(np.int64))
 

@@ -65,7 +65,8 @@ class Attribution:
 
 def measured_share(network: Network, present_G: NDArray[np.bool_] | None) -> float:
     """Share of a cell's counts that the genes which were measured are expected to have."""
-    return float(network.head.views(present_G).share)
+    completion = network.head.completion
+    return float(completion.measured_share(completion.absent(present_G)))
 
 
 def baseline(panel: sp.csr_matrix, group_N: NDArray[np.integer], min_cells: int, share: float = 1.0) -> Baseline:

@@ -188,12 +188,10 @@ class _Cells:
 
     def values(self, s: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Values [N, G] of the cells of a study, and their weights [N]."""
-        own = self.studies[s]
-        for start in range(0, own.size, CELLS_AT_A_TIME):
-            rows = own[start : start + CELLS_AT_A_TIME]
-            (batch,) = MinibatchLoader(self.data, rows, rows.size)
-            value_NG = batch.counts.dense(log_normalised(batch.counts, float(self.share_S[s])).double())
-            yield value_NG, self.weight_N[torch.from_numpy(rows)]
+        batches = MinibatchLoader(self.data, self.studies[s], CELLS_AT_A_TIME)
+        weights = torch.split(self.weight_N[torch.from_numpy(self.studies[s])], CELLS_AT_A_TIME)
+        for batch, weight_N in zip(batches, weights, strict=True):
+            yield batch.counts.dense(log_normalised(batch.counts, float(self.share_S[s])).double()), weight_N
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Weighted mean [G] and covariance [G, G], each over the studies that measured the genes."""

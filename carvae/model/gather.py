@@ -73,9 +73,8 @@ class FixedLayer:
         if counts.n_genes != self.parts_PGC.shape[1]:
             raise ValueError(f"counts over {counts.n_genes} genes for weights of {self.parts_PGC.shape[1]}")
         out_NH = self.bias_H.repeat(counts.n_cells, 1)
-        indptr_N, gene_M, count_M, out = (
-            tensor.contiguous().numpy() for tensor in (counts.indptr_N, counts.gene_M, counts.count_M, out_NH)
-        )
+        inputs = counts.indptr_N, counts.gene_M, counts.count_M
+        (indptr_N, gene_M, count_M), out = (tensor.contiguous().numpy() for tensor in inputs), out_NH.numpy()
 
         def some_cells(first: int, last: int) -> None:
             _sums(indptr_N[first : last + 1], gene_M, count_M, self.parts_PGC, self.n_hidden, out[first:last])
@@ -104,8 +103,8 @@ def weight_gradient(counts: CountsCSR, value_M: Tensor, grad_NH: Tensor) -> Tens
         raise ValueError(f"gradients of {len(grad_NH)} cells for counts of {counts.n_cells}")
     if value_M.numel() != counts.gene_M.numel():
         raise ValueError(f"{value_M.numel()} values for {counts.gene_M.numel()} counts")
-    tensors = counts.indptr_N, counts.gene_M, value_M, parts_PNC, out_GH
-    arrays = [tensor.detach().contiguous().numpy() for tensor in tensors]
+    inputs = counts.indptr_N, counts.gene_M, value_M, parts_PNC
+    arrays = [*(tensor.detach().contiguous().numpy() for tensor in inputs), out_GH.numpy()]
     _sums_by_gene(*arrays)
     return out_GH[:, :n_hidden]
 

@@ -94,7 +94,7 @@ class Network(nn.Module):
         device = self.vae.device
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         parts, cells = [], CountsCSR.from_scipy(counts)
-        mean_of, views = self.vae.encoder.fixed(dtype), self.head.views(present_G)
+        mean_of, views = self.vae.encoder.fixed(dtype), self.head.views(present_G) if label else None
         for start in range(0, counts.shape[0], CELLS_PER_PASS):
             part = cells.part(start, min(start + CELLS_PER_PASS, counts.shape[0])).to(device)
             mean_NK = mean_of(part)
