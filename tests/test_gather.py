@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from carvae.data.sparse import CountsCSR
-from carvae.model.gather import CELLS_AT_ONCE, LOGS, FixedLayer, weight_gradient
+from carvae.model.fused import sum_of_rows
+from carvae.model.gather import CELLS_AT_ONCE, COLUMNS, LOGS, FixedLayer, weight_gradient, weighted_rows
 
 
 def drawn(seed: int, n_cells: int, n_genes: int, density: float, largest: int) -> CountsCSR:
@@ -43,6 +44,19 @@ def test_the_layer_is_the_dense_layer(seed: int, n: int, n_hidden: int, density:
     narrow_NH = FixedLayer(weight_GH, bias_H, torch.bfloat16)(counts)
     rounded_GH = weight_GH.bfloat16().float()
     torch.testing.assert_close(narrow_NH.double(), exact(counts, rounded_GH, bias_H), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("n", "n_hidden"), [(0, COLUMNS), (1, COLUMNS), (50, 2 * COLUMNS)])
+def test_the_layer_in_training_is_torchs_own(n: int, n_hidden: int) -> None:
+    counts = drawn(n, n, 30, 0.3, 9)
+    value_M, weight_GH = counts.count_M.log1p(), torch.randn(30, n_hidden, generator=torch.Generator().manual_seed(n))
+    for given_GH in (weight_GH, weight_GH.t().contiguous().t()):
+        found_NH = weighted_rows(counts, value_M, given_GH)
+        torch.testing.assert_close(found_NH, sum_of_rows(counts, value_M, weight_GH), rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="weights of shape"):
+        weighted_rows(counts, value_M, weight_GH[:, 1:])
+    with pytest.raises(ValueError, match="values for"):
+        weighted_rows(counts, torch.zeros(len(value_M) + 1), weight_GH)
 
 
 def test_values_that_are_no_counts_are_taken_as_they_are() -> None:

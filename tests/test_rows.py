@@ -8,7 +8,7 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from carvae.data.rows import look, moved
+from carvae.data.rows import look, moved, sums, widened
 
 LIMIT = 1 << 24
 
@@ -29,6 +29,19 @@ def test_sums_and_fingerprints_are_the_matrix_products(seed: int, n_cells: int, 
     np.testing.assert_array_equal(seen.total_N, np.asarray(counts.sum(axis=1)).ravel())
     np.testing.assert_array_equal(seen.print_N, counts.astype(np.uint64) @ key_G)
     assert seen.largest == counts.data.max(initial=0)
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 2**31), st.integers(0, 9), st.integers(1, 20), st.sampled_from([np.uint16, np.int32]))
+def test_rows_that_rest_compactly_are_those_of_the_matrix(seed: int, n_cells: int, n_genes: int, dtype: type) -> None:
+    counts = drawn(seed, n_cells, n_genes)
+    rows = np.random.default_rng(seed).integers(0, n_cells, 2 * n_cells if n_cells else 0)
+    entry_M2 = np.column_stack([counts.indices, counts.data]).astype(dtype)
+    indptr_N = np.concatenate([[0], np.cumsum(np.diff(counts.indptr)[rows])]).astype(np.int64)
+    gene_M, count_M = widened(counts.indptr[rows].astype(np.int64), indptr_N, entry_M2)
+    found = sp.csr_matrix((count_M, gene_M, indptr_N), shape=(rows.size, n_genes))
+    np.testing.assert_array_equal(found.toarray(), counts.toarray()[rows])
+    np.testing.assert_array_equal(sums(indptr_N, count_M), counts.toarray()[rows].sum(1, dtype=np.float32))
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, 0.5, np.nan, np.inf, LIMIT + 2.0])

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy.special import gammaln, psi
 
+from carvae.model import kernels, large_counts, vector
 from carvae.model.vector import (
     asymptotic_gammas,
     double_log,
@@ -19,6 +23,11 @@ from carvae.model.vector import (
 SMALL_TO_LARGE = np.concatenate(
     [10.0 ** np.random.default_rng(0).uniform(-12, 14, 2000), [0.5**0.5, 1.0, 2.0**0.5, 2.0]]
 )
+
+
+def test_what_numba_keeps_is_of_the_files_as_they_are() -> None:
+    text = b"".join(Path(str(module.__file__)).read_bytes() for module in (large_counts, vector))
+    assert hashlib.sha256(text).hexdigest()[:12] == kernels.PARTS, "write this digest into kernels.PARTS"
 
 
 def test_float64_logarithms() -> None:

@@ -60,6 +60,32 @@ def moved(counts: sp.csr_matrix, column_G: Ints, n_columns: int) -> sp.csr_matri
     return result
 
 
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
+def sums(indptr_N: Ints, count_M: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Sum of each row: of whole numbers exact, in whatever order, and then rounded once."""
+    sum_N = np.empty(indptr_N.size - 1, np.float32)
+    for n in range(sum_N.size):
+        total, part = 0.0, count_M[indptr_N[n] : indptr_N[n + 1]]
+        for j in range(part.size):
+            total += part[j]
+        sum_N[n] = total
+    return sum_N
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def widened(first_N: Ints, indptr_N: Ints, entry_M2: Ints) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Genes and counts of some rows one after the other; they begin at ``first_N`` among the entries [M, 2]."""
+    gene_M, count_M = np.empty(indptr_N[-1], np.int32), np.empty(indptr_N[-1], np.float32)
+    entry_M = entry_M2.reshape(entry_M2.size)
+    for n in range(first_N.size):
+        start, stop = indptr_N[n], indptr_N[n + 1]
+        gene, count = gene_M[start:stop], count_M[start:stop]
+        entry = entry_M[2 * first_N[n] : 2 * (first_N[n] + stop - start)]
+        for j in range(gene.size):
+            gene[j], count[j] = entry[np.uint64(2 * j)], entry[np.uint64(2 * j + 1)]
+    return gene_M, count_M
+
+
 @njit(nogil=True, cache=True, error_model="numpy")
 def _look(
     value_M: Values, gene_M: Ints, indptr_N: Ints, limit: Any, key_G: NDArray[np.uint64], out: tuple[Any, Any]

@@ -46,7 +46,8 @@ def _can_triton() -> bool:
 
 def small_products(near: Tensor) -> AbstractContextManager[object]:
     """Without autocast on a CPU, where casting what a small product is made of takes longer than it saves."""
-    return torch.autocast("cpu", enabled=False) if near.device.type == "cpu" else nullcontext()
+    asked = near.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    return torch.autocast("cpu", enabled=False) if asked else nullcontext()
 
 
 def has_compiler() -> bool:
@@ -129,8 +130,12 @@ def _product_type(tensor: Tensor) -> torch.dtype:
 class _SparseProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, counts: CountsCSR, value_M: Tensor, weight_GH: Tensor) -> Tensor:
+        from carvae.model.gather import COLUMNS, weighted_rows
+
         ctx.counts, ctx.value_M = counts, value_M
-        return sum_of_rows(counts, value_M, weight_GH)
+        if weight_GH.shape[1] % COLUMNS or torch.get_num_threads() > 1:
+            return sum_of_rows(counts, value_M, weight_GH)
+        return weighted_rows(counts, value_M, weight_GH)
 
     @staticmethod
     @once_differentiable

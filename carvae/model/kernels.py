@@ -35,8 +35,13 @@ Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Ints = NDArray[np.integer[Any]]
 
-LANES = 64
-"""Running sums side by side."""
+PARTS = "dc180ee125a7"
+"""Digest of `large_counts` and `vector`, compiled into what numba keeps of this file, which it makes anew when this
+file's content changes, and not when theirs does. `tests/test_vector.py` tells the digest."""
+LANES = 128
+"""Running sums side by side; a power of two. With fewer each waits for the one before to be stored."""
+FOLDED = 8
+"""To which they are added up, half to half, before they are summed in float64."""
 SMALL = np.float32(EPS)
 
 
@@ -105,11 +110,17 @@ def _sum(x_G: Floats) -> Any:
         part = x_G[start : start + LANES]
         for k in range(LANES):
             lanes[k] += part[k]
+    rest, n = x_G[whole:], LANES
+    for k in range(rest.size):
+        lanes[k] += rest[k]
+    while n > FOLDED:
+        n //= 2
+        low, high = lanes[:n], lanes[n : 2 * n]
+        for k in range(n):
+            low[k] += high[k]
     total = np.float64(0)
-    for k in range(LANES):
+    for k in range(FOLDED):
         total += lanes[k]
-    for g in range(whole, x_G.size):
-        total += x_G[g]
     return total
 
 
@@ -174,7 +185,6 @@ def _collect(gene_M: Ints, count_M: Floats, row: _Row, scale: Any, theta: Theta,
         entries.count_M[j] = x if x <= SHORT else np.float32(0)
         entries.theta_M[j] = theta.theta_G[g]
         entries.mu_M[j] = row.p_G[g] * scale
-        entries.zero_M[j] = row.zero_G[g]
     return n_large
 
 
@@ -319,6 +329,8 @@ def zinb(logits_NG: Any, zero_NG: Any, biases: Any, cells: Cells, theta_G: Float
         _zinb_zeros(row, sums.dtheta_G)
         n_large = _collect(gene, count, row, np.float32(exact), theta, entries)
         _nb_counts(entries, m)
+        for j in range(m):
+            entries.zero_M[j] = row.zero_G[np.uint32(gene[j])]
         _not_inflated(entries, m)
         loss, sum_r = _sum(row.loss_G) + _sum(entries.loss_M[:m]), _sum(row.r_G) + _sum(entries.r_M[:m])
         _add(gene, row, entries, sums.dtheta_G)

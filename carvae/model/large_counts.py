@@ -1,7 +1,7 @@
 """A cell's counts above `SHORT`, where the CPU kernels of the likelihood (`kernels`) need float64.
 
-One loop over them, side by side, with Stirling's series, of which LLVM makes vector instructions. Whoever changes this
-file touches `kernels` too (see `vector`). Axes: G genes, J large counts of one cell.
+One loop over them, side by side, with Stirling's series, of which LLVM makes vector instructions. Axes: G genes,
+J large counts of one cell.
 """
 
 from __future__ import annotations
@@ -53,20 +53,15 @@ class Large(NamedTuple):
 
 
 @njit(error_model="numpy")
-def _gammas_of(g: int, theta: Theta) -> Any:
-    if theta.lgamma_G[g] != theta.lgamma_G[g]:
-        theta.lgamma_G[g], theta.digamma_G[g] = gammas(np.float64(theta.theta_G[g]))
-    return theta.lgamma_G[g], theta.digamma_G[g]
-
-
-@njit(error_model="numpy")
 def _collect(gene_J: Ints, count_J: Floats, p_G: Floats, scale: float, theta: Theta, large: Large) -> None:
     """Put what large counts need side by side; ``scale`` makes ``mu`` of ``p_G``."""
     for j in range(gene_J.size):
-        g = gene_J[j]
+        g = np.uint32(gene_J[j])
         large.count_J[j], large.theta_J[j] = np.float64(count_J[j]), np.float64(theta.theta_G[g])
         large.mu_J[j] = scale * p_G[g]
-        large.lgamma_J[j], large.digamma_J[j] = _gammas_of(g, theta)
+        if np.isnan(theta.lgamma_G[g]):
+            theta.lgamma_G[g], theta.digamma_G[g] = gammas(large.theta_J[j])
+        large.lgamma_J[j], large.digamma_J[j] = theta.lgamma_G[g], theta.digamma_G[g]
 
 
 @njit(fastmath=FAST, error_model="numpy")

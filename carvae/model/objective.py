@@ -13,6 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import lightning.pytorch as lightning
@@ -81,9 +82,9 @@ class Objective(lightning.LightningModule):
         self.register_buffer("warmth", torch.zeros(()), persistent=False)
         self._graphed: GraphedStep | None = None
         self.scores: dict[str, AxisScores] = {}
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor | float] = {}
         self._val_loss: float | None = None
-        self._train_sums: dict[str, Tensor] = {}
+        self._train_sums: dict[str, Tensor | float] = {}
         self._held_out: list[dict[str, Tensor]] = []
         self._due: Iterator[Minibatch] = iter(())
         self._cell_loss_N = torch.zeros(0)
@@ -205,7 +206,7 @@ class Objective(lightning.LightningModule):
         loss = elbo.loss(kl_weight)
         if thin is None:
             self._cell_loss_N = elbo.reconstruction_N + elbo.kl_N
-        parts = {"reconstruction": elbo.reconstruction, "kl": elbo.kl_N.mean()}
+        parts = {"reconstruction": elbo.reconstruction, "kl": elbo.kl}
         answer = self.network.head.latent_view(posterior.mean_NK)  # the gene view is fitted when this is done
         for a, (axis, log_probability_NS) in enumerate(answer.items()):
             labels = batch.code_NA[:, a], self.get_buffer(f"allowed_{a}"), batch.weight_NA[:, a]
@@ -226,14 +227,19 @@ class Objective(lightning.LightningModule):
         ]
         return torch.stack(gaps).mean() if gaps else z_NK.new_zeros(())
 
+    @cached_property
+    def _parameters_once(self) -> list[torch.nn.Parameter]:
+        """All parameters: to look for them in every step would cost a hundredth of it."""
+        return list(self.parameters())
+
     def _optimise(self, batch: Minibatch) -> dict[str, Tensor]:
         """One optimiser step; returns the terms of the loss."""
-        optimizer: Any = self.optimizers(use_pl_optimizer=False)  # without Lightning's wrapper: hooks of nobody
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)  # without Lightning's wrappers: hooks of nobody
         loss, parts, _ = self._loss(batch, self.thin, self.get_buffer("kl_weight"))
-        for parameter in self.parameters():
+        for parameter in self._parameters_once:
             parameter.grad = None
         with small_products(loss):
-            self.manual_backward(loss)
+            loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         return parts | {"train_loss": loss}
 
@@ -245,8 +251,9 @@ class Objective(lightning.LightningModule):
     def _accumulate(self, parts: dict[str, Tensor], batch: Minibatch) -> None:
         """Sum over cells on the device; nothing is read back before the epoch ends."""
         n = batch.n_counted
-        for name, value in (parts | {"n": torch.ones_like(next(iter(parts.values())))}).items():
+        for name, value in parts.items():
             self._sums[name] = self._sums.get(name, 0.0) + n * value.detach()
+        self._sums["n"] = self._sums.get("n", 0.0) + n
 
     def _refuse_divergence(self, loss: float) -> None:
         if not math.isfinite(loss):
@@ -256,7 +263,8 @@ class Objective(lightning.LightningModule):
 
     def _means(self) -> dict[str, float]:
         """Means over the cells of all processes."""
-        *sums, n = processes.total(torch.stack([*self._sums.values()])).tolist()
+        sums = [torch.as_tensor(value, dtype=torch.float32, device=self.device) for value in self._sums.values()]
+        *sums, n = processes.total(torch.stack(sums)).tolist()
         means = {name: value / n for name, value in zip(self._sums, sums, strict=False)}
         self._sums = {}
         return means

@@ -51,10 +51,12 @@ class Elbo:
     reconstruction_N: Tensor
     """Each cell's, for reading: it carries no gradient."""
     kl_N: Tensor
+    kl: Tensor
+    """Their mean."""
 
     def loss(self, kl_weight: float | Tensor = 1.0) -> Tensor:
         """Mean negative ELBO with a weight on the KL term."""
-        return self.reconstruction + kl_weight * self.kl_N.mean()
+        return self.reconstruction + kl_weight * self.kl
 
 
 class SparseLinear(nn.Module):
@@ -170,6 +172,8 @@ class Decoder(nn.Module):
 
 
 def _rows(table_CH: Tensor, code_N: Tensor, n_trained: int) -> Tensor:
+    if code_N.device.type == "cpu" and not (code_N < 0).any():  # to ask a GPU would make the host wait
+        return functional.embedding(code_N, table_CH)
     rows_NH = functional.embedding(code_N.clamp(min=0), table_CH)
     return torch.where(code_N[:, None] >= 0, rows_NH, table_CH[:n_trained].mean(0))
 
@@ -227,7 +231,8 @@ class CellVAE(nn.Module):
         hidden_NH = self.decoder.hidden(z_NK, covariate_NC)
         target = Target(counts, counts.library_N(), unmeasured_NG)
         mean, loss_N = reconstruction(hidden_NH, self.decoder.scale, self.decoder.zero, self.log_theta_G, target)
-        return Elbo(mean, loss_N, posterior.kl_N())
+        kl_N = posterior.kl_N()
+        return Elbo(mean, loss_N, kl_N, kl_N.mean())
 
     @torch.no_grad()
     def start_from_moments(self, mean_share_G: Tensor, theta_G: Tensor) -> None:

@@ -1,8 +1,7 @@
 """Arithmetic of the CPU kernels: exponential and logarithms without branch or call, bits of floats, gamma functions.
 
 So written that LLVM makes vector instructions of a loop around them, in float32, and in float64 where a name says
-``double``. `kernels` is what numba keeps in its cache, by that file's time alone: whoever changes this one touches that
-one too.
+``double``. `kernels` is what numba keeps in its cache, by that file's content alone: hence `kernels.PARTS`.
 """
 
 from __future__ import annotations
