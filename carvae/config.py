@@ -215,7 +215,8 @@ class PredictConfig(Section):
     A calibrated model labels in 32 bits whatever this says, as it was calibrated."""
     dask: str | None = None
     """Workers: the address of a Dask scheduler (``tcp://HOST:8786``), or ``local`` or ``local:N`` for N processes on
-    this machine. All workers must be able to read the query and the model under their paths."""
+    this machine. All workers must be able to read the query and the model under their paths, and to write a ``.zarr``
+    output: each writes its own cells' part of ``obsm``."""
     sheet: Path | None = None
     """CSV with one row per sample of the query (column ``sample``) and what is known of it: patient, timepoint, tissue,
     product ... Where clones are told within the patient and the query does not say who that is, as 10x does not."""

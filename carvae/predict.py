@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -184,12 +184,15 @@ def _results(work: Pass) -> tuple[CellResults, pd.DataFrame, dict[str, Any]]:
 def _write(work: Pass, model: Path, out: Path, progress: Progress | None) -> None:
     """All results to ``out``, and the table of samples beside it; both appear when both are complete."""
     assert isinstance(work.query, Path)
-    parts = work.labelled() if work.config.dask is None else work.labelled_on_dask(work.config.dask, model)
     n_done = 0
     with ExitStack() as stack:
         table = stack.enter_context(replacing_file(samples_path(out))) if work.label else None
         cells = cells_path(out) if work.label else None
         writer = stack.enter_context(writing_results(work.query, work.sources, work.sample, out, cells))
+        dask = work.config.dask
+        found = work.labelled() if dask is None else work.labelled_on_dask(dask, model, writer)
+        # closed before the writer: no worker is left that writes where an output was given up
+        parts = stack.enter_context(closing(found))
         with Behind(writer.append) as write:
             for part in parts:
                 work.add(part)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import time
 import weakref
 from collections.abc import Generator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +17,16 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import zarr
 from anndata import AnnData
-from hypothesis import given
-from hypothesis import strategies as st
 from trained import World, carvae
 
 from carvae import predict
 from carvae.config import PredictConfig
+from carvae.data.regions import Regions
 from carvae.errors import ConfigError, GeneError
-from carvae.model import query_pass
+from carvae.model import query_pass, tasks
 from carvae.model.ahead import Behind, ahead, on_dask
-from carvae.model.query_pass import CHUNKS_PER_TASK, FEWEST_PER_TASK, TASKS_PER_WORKER, cells_per_task
 
 
 class Thing:
@@ -96,41 +97,6 @@ def test_places_where_no_cluster_is_are_one_sentence(world: World, tmp_path: Pat
     with pytest.raises(ConfigError, match="no Dask scheduler answers there"):
         predict.run(world.query_path, world.bundle, tmp_path / "o.csv", config, label=False)
     assert list(tmp_path.iterdir()) == []
-
-
-@given(st.integers(1, 10**7), st.integers(1, 64), st.integers(1, 10**4))
-def test_every_worker_has_tasks_and_none_is_tiny(n_cells: int, n_workers: int, chunk_size: int) -> None:
-    step = cells_per_task(n_cells, n_workers, chunk_size)
-    assert step <= chunk_size or step % chunk_size == 0
-    assert min(FEWEST_PER_TASK, chunk_size) <= step <= CHUNKS_PER_TASK * chunk_size
-    if step > FEWEST_PER_TASK:
-        assert -(-n_cells // step) > (TASKS_PER_WORKER - 1) * n_workers
-
-
-def test_a_study_of_ten_thousand_cells_is_shared_and_millions_go_in_large_tasks() -> None:
-    assert -(-10_075 // cells_per_task(10_075, 2, 4096)) == 10
-    assert cells_per_task(10_000_000, 16, 4096) == 8 * 4096
-
-
-def test_a_pass_gives_every_worker_some_cells_and_every_cell_once(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[Any] = []
-
-    def three_workers(_: str, function: Any, tasks_for: Any) -> Iterator[Any]:
-        for task in tasks_for(3):
-            seen.append(task.cells)
-            yield function(task)
-
-    monkeypatch.setattr(query_pass, "on_dask", three_workers)
-    monkeypatch.setattr(query_pass, "FEWEST_PER_TASK", 5)
-    for name, place in (("alone", None), ("shared", "local:3")):
-        predict.run(world.query_path, world.bundle, tmp_path / f"{name}.csv", PredictConfig(dask=place), label=True)
-    cells = [cell for task in seen for cell in range(world.query.n_obs)[task]]
-    assert len(seen) >= 3 * (TASKS_PER_WORKER - 1)
-    assert cells == list(range(world.query.n_obs))
-    alone, shared = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("alone", "shared"))
-    pd.testing.assert_frame_equal(alone, shared, rtol=1e-4)
 
 
 @pytest.mark.dask
@@ -232,6 +198,102 @@ def test_a_killed_worker_costs_only_its_tasks(
     assert (tmp_path / "local.csv").read_bytes() == (tmp_path / "dask.csv").read_bytes()
 
 
+def members(store: Path) -> dict[str, tuple[dict[str, Any], Any]]:
+    """Everything in a store: place -> attributes, and the values of an array; the settings name workers, or none."""
+    root = zarr.open_group(store, mode="r", use_consolidated=False)
+    return {
+        place: (dict(node.attrs), np.asarray(node[...]) if isinstance(node, zarr.Array) else None)
+        for place, node in root.members(max_depth=None)
+        if not place.endswith("/settings")
+    }
+
+
+def assert_same_stores(one: Path, other: Path) -> None:
+    first, second = members(one), members(other)
+    assert first.keys() == second.keys()
+    for place, (attributes, values) in first.items():
+        assert attributes == second[place][0], place
+        if values is not None:
+            assert values.dtype == second[place][1].dtype, place
+            np.testing.assert_array_equal(values, second[place][1], place)
+    assert not list(other.rglob("*.partial"))
+    pd.testing.assert_frame_equal(ad.read_zarr(one).obs, ad.read_zarr(other).obs, check_exact=True)
+
+
+def dies_as_it_writes() -> int:
+    """In a worker: the next write ends in its middle, with rows that are wrong and a file that no one renames."""
+    import os
+    import signal
+
+    from carvae.data.regions import Regions
+
+    def put(self: Any, start: int, obsm: Any) -> None:
+        key, rows = next(iter(obsm.items()))
+        self._array(key)[start : start + len(rows)] = -1
+        (self._folder(key) / "0.cut.partial").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Regions._put = put  # type: ignore[method-assign]
+    return os.getpid()
+
+
+def and_one_dies(cluster: Any) -> int:
+    """The worker that will die at its next write."""
+    from cloudpickle import register_pickle_by_value, unregister_pickle_by_value
+    from distributed import Client
+
+    own = sys.modules[__name__]  # which workers do not know
+    register_pickle_by_value(own)
+    try:
+        with Client(cluster) as client:
+            worker = min(client.scheduler_info()["workers"])
+            return int(client.run(dies_as_it_writes, workers=[worker])[worker])
+    finally:
+        unregister_pickle_by_value(own)
+
+
+@pytest.mark.dask
+@pytest.mark.filterwarnings("ignore")
+def test_workers_write_regions_of_their_own_and_one_that_dies_as_it_writes_loses_no_row(
+    world: World, tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One source with an earlier embedding, and several, whose cells begin anywhere in the output's chunks."""
+    cells = longer(world.query, 4)
+    cells.write_zarr(tmp_path / "plain.zarr")
+    local, remote = PredictConfig(chunk_size=10), PredictConfig(chunk_size=10, dask=cluster.scheduler_address)
+    predict.run(tmp_path / "plain.zarr", world.bundle, tmp_path / "one.zarr", local, label=False)
+    (tmp_path / "several").mkdir()
+    for name, part in (("a", slice(0, 53)), ("b", slice(53, 165)), ("c", slice(165, 172)), ("d", slice(172, 260))):
+        cells[part].copy().write_h5ad(tmp_path / "several" / f"{name}.h5ad")
+    home, came, told = tasks._home, [], []
+
+    def and_look(done: Any) -> Iterator[Any]:
+        came.append((done, [len(part.results.latent) for part in done.parts]))
+        for part in home(done):
+            told.append(part.results.latent)
+            yield part
+
+    monkeypatch.setattr(tasks, "_home", and_look)
+    for query, label in (("one.zarr", False), ("several", True)):
+        came.clear()
+        told.clear()
+        predict.run(tmp_path / query, world.bundle, tmp_path / "local.zarr", local, label=label)
+        assert not came
+        dying = and_one_dies(cluster)
+        predict.run(tmp_path / query, world.bundle, tmp_path / "dask.zarr", remote, label=label)
+        assert dying not in pids_of(cluster)
+        assert_same_stores(tmp_path / "local.zarr", tmp_path / "dask.zarr")
+        assert len(came) >= 8
+        assert not any(n for _, rows in came for n in rows)
+        if label:  # samples are judged by coordinates that did not travel
+            np.testing.assert_array_equal(np.concatenate(told), ad.read_zarr(tmp_path / "dask.zarr").obsm["X_carvae"])
+        travelled = sum(len(rest.obsm["X_carvae"]) for done, _ in came for rest in done.rest)
+        assert travelled == 0 if query == "one.zarr" else 0 < travelled < 200
+    assert (tmp_path / "local.samples.csv").read_bytes() == (tmp_path / "dask.samples.csv").read_bytes()
+    cells_of = [pd.read_csv(tmp_path / f"{name}.cells.csv.gz") for name in ("local", "dask")]
+    pd.testing.assert_frame_equal(*cells_of, check_exact=True)
+
+
 @pytest.mark.dask
 @pytest.mark.filterwarnings("ignore")
 def test_what_is_wrong_with_the_query_is_told_as_without_workers(world: World, tmp_path: Path, cluster: Any) -> None:
@@ -243,7 +305,27 @@ def test_what_is_wrong_with_the_query_is_told_as_without_workers(world: World, t
     late.X.data[-1] = 0.5  # beyond the first cells, so that a worker finds it
     late.write_h5ad(tmp_path / "late.h5ad")
     remote = PredictConfig(chunk_size=10, dask=cluster.scheduler_address)
-    with pytest.raises(Exception, match=r"fractional values .*first in cell") as caught:
-        predict.run(tmp_path / "late.h5ad", world.bundle, tmp_path / "o.csv", remote, label=True)
-    assert type(caught.value).__name__ == "CountsError"
+    for name in ("o.csv", "o.zarr"):
+        with pytest.raises(Exception, match=r"fractional values .*first in cell") as caught:
+            predict.run(tmp_path / "late.h5ad", world.bundle, tmp_path / name, remote, label=True)
+        assert type(caught.value).__name__ == "CountsError"
     assert [p.name for p in tmp_path.iterdir()] == ["late.h5ad"]
+
+
+@pytest.mark.dask
+@pytest.mark.filterwarnings("ignore")
+def test_workers_that_do_not_see_the_output_are_one_sentence(
+    world: World, tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Regions.made
+
+    def elsewhere(store: Path, *others: Any) -> Regions:
+        return replace(made(store, *others), store=tmp_path / "not mounted" / store.name)
+
+    monkeypatch.setattr(Regions, "made", elsewhere)
+    remote = PredictConfig(dask=cluster.scheduler_address)
+    with pytest.raises(ConfigError, match=r"does not see the store .*not mounted; give an --out in a folder that all"):
+        predict.run(world.query_path, world.bundle, tmp_path / "o.zarr", remote, label=False)
+    assert list(tmp_path.iterdir()) == []
+    predict.run(world.query_path, world.bundle, tmp_path / "o.h5ad", remote, label=False)
+    assert (tmp_path / "o.h5ad").exists()

@@ -78,10 +78,10 @@ class Columns:
             del root[f"obs/{name}"]
         self.order = [str(name) for name in root["obs"].attrs["column-order"] if str(name) not in replaced]
 
-    def append(self, rows: Mapping[str, Any]) -> None:
+    def append(self, rows: Mapping[str, Any], n_rows: int) -> None:
         """Add the next cells' rows: place (``obs/NAME``, ``obsm/NAME``) -> column or array, the same places always."""
         self.waiting.append(dict(rows))
-        self.n_waiting += len(next(iter(rows.values())))
+        self.n_waiting += n_rows
         if self.n_waiting >= ROWS_AT_ONCE:
             self._write(self.n_waiting // ROWS_AT_ONCE * ROWS_AT_ONCE)
 
@@ -97,33 +97,42 @@ class Columns:
         whole = {place: _stacked([rows[place] for rows in self.waiting]) for place in self.waiting[0]}
         if not self.done:
             for place, values in whole.items():
-                self._create(place, values)
+                create_rows(self.root, place, values[:0], self.n_cells)
+            self.order += [place.removeprefix("obs/") for place in whole if place.startswith("obs/")]
         for place, values in whole.items():
-            self._array(place)[self.done : self.done + n_rows] = _codes(values)[:n_rows]
+            _array(self.root, place)[self.done : self.done + n_rows] = _codes(values)[:n_rows]
         self.done += n_rows
         self.n_waiting -= n_rows
         self.waiting = [{place: values[n_rows:] for place, values in whole.items()}] if self.n_waiting else []
 
-    def _create(self, place: str, values: Any) -> None:
-        """An element as anndata writes it, but that its rows are still to come."""
-        replace_element(self.root, place, values[:0])
-        empty = self._array(place)
-        parent, name = self.root[empty.name.strip("/").rpartition("/")[0]], empty.name.rpartition("/")[2]
-        attributes, dtype, shape = dict(empty.attrs), empty.dtype, (self.n_cells, *empty.shape[1:])
-        del parent[name]
-        if isinstance(parent, h5py.Group):
-            array = parent.create_dataset(name, shape=shape, dtype=dtype)
-        else:
-            array = parent.create_array(
-                name, shape=shape, dtype=dtype, chunks=(min(ROWS_AT_ONCE, shape[0]), *shape[1:])
-            )
-        array.attrs.update(attributes)
-        if place.startswith("obs/"):
-            self.order.append(place.removeprefix("obs/"))
 
-    def _array(self, place: str) -> Any:
-        node = self.root[place]
-        return node if hasattr(node, "shape") else node["codes"]
+def create_rows(root: Any, place: str, empty: Any, n_rows: int, chunk: int = ROWS_AT_ONCE) -> None:
+    """An element as anndata writes it, but that its rows are still to come.
+
+    Parameters
+    ----------
+    place
+        Where it belongs; an older one is replaced.
+    empty
+        The element without rows.
+    chunk
+        Rows of a chunk in a zarr store.
+    """
+    replace_element(root, place, empty)
+    array = _array(root, place)
+    parent, name = root[array.name.strip("/").rpartition("/")[0]], array.name.rpartition("/")[2]
+    attributes, dtype, shape = dict(array.attrs), array.dtype, (n_rows, *array.shape[1:])
+    del parent[name]
+    if isinstance(parent, h5py.Group):
+        made = parent.create_dataset(name, shape=shape, dtype=dtype)
+    else:
+        made = parent.create_array(name, shape=shape, dtype=dtype, chunks=(min(chunk, n_rows), *shape[1:]))
+    made.attrs.update(attributes)
+
+
+def _array(root: Any, place: str) -> Any:
+    node = root[place]
+    return node if hasattr(node, "shape") else node["codes"]
 
 
 def _stacked(parts: list[Any]) -> Any:

@@ -28,6 +28,7 @@ from carvae.data.cells import hash_names
 from carvae.data.on_disk import Columns, make_plain, opened, plain, readable_by_others, replace_element, write_counts
 from carvae.data.palette import GREY, colours
 from carvae.data.readers import CountsSource, is_zarr
+from carvae.data.regions import Regions
 from carvae.data.spreadsheet import neutral, text_file
 from carvae.errors import ConfigError
 
@@ -52,6 +53,11 @@ class CellResults:
         """Everything for ``obsm``."""
         return {LATENT: self.latent} | self.probability
 
+    def without_rows(self) -> CellResults:
+        """The same without the rows of ``obsm``, which are written elsewhere."""
+        none = {key: np.empty((0, values.shape[1]), values.dtype) for key, values in self.probability.items()}
+        return CellResults(self.obs, np.empty((0, self.latent.shape[1]), self.latent.dtype), none)
+
     @classmethod
     def joined(cls, parts: Sequence[CellResults]) -> CellResults:
         """The results of all cells from those of some after the other."""
@@ -67,6 +73,10 @@ class ResultsWriter(Protocol):
 
     def append(self, results: CellResults) -> None:
         """Write the results of the next cells."""
+        ...
+
+    def regions(self, chunk: int, widths: Mapping[str, int]) -> Regions | None:
+        """Places for ``obsm`` that others write, before the first results; None where one process writes all."""
         ...
 
     def finish(self, sources: Sequence[CountsSource], late: pd.DataFrame, uns: dict[str, Any]) -> None:
@@ -136,7 +146,7 @@ def _writing_anndata(
         elif copied:
             shutil.copyfile(query, scratch)
         with readable_by_others(), opened(scratch) as root:
-            yield _AnnDataWriter(root, sources, sample, copied)
+            yield _AnnDataWriter(root, sources, sample, copied, scratch if out.suffix == ".zarr" else None)
 
 
 def check_output(query: Path, out: Path) -> None:
@@ -240,6 +250,10 @@ class _Together:
         for writer in self.writers:
             writer.append(results)
 
+    def regions(self, chunk: int, widths: Mapping[str, int]) -> Regions | None:
+        found = [writer.regions(chunk, widths) for writer in self.writers]
+        return next((regions for regions in found if regions is not None), None)
+
     def finish(self, sources: Sequence[CountsSource], late: pd.DataFrame, uns: dict[str, Any]) -> None:
         for writer in self.writers:
             writer.finish(sources, late, uns)
@@ -258,7 +272,7 @@ class _TableWriter:
         self.latent = latent
 
     def append(self, results: CellResults) -> None:
-        stop = self.done + len(results.latent)
+        stop = self.done + len(results.obs)
         table = results.obs.reset_index(drop=True)
         if self.latent:
             names = [f"{LATENT}_{k + 1}" for k in range(results.latent.shape[1])]
@@ -267,6 +281,9 @@ class _TableWriter:
         table.index = pd.Index(self.names.of(self.done, stop), dtype=object)
         neutral(table).to_csv(self.rows, index_label="cell", header=not self.done, lineterminator="\n")
         self.done = stop
+
+    def regions(self, chunk: int, widths: Mapping[str, int]) -> Regions | None:
+        return None
 
     def finish(self, sources: Sequence[CountsSource], late: pd.DataFrame, uns: dict[str, Any]) -> None:
         self.rows.seek(0)
@@ -281,8 +298,10 @@ class _TableWriter:
 
 
 class _AnnDataWriter:
-    def __init__(self, root: Any, sources: Sequence[CountsSource], sample: pd.Categorical, copied: bool) -> None:
-        self.root, self.copied = root, copied
+    def __init__(
+        self, root: Any, sources: Sequence[CountsSource], sample: pd.Categorical, copied: bool, store: Path | None
+    ) -> None:
+        self.root, self.copied, self.store = root, copied, store
         if copied:
             make_plain(root)
         else:
@@ -292,20 +311,28 @@ class _AnnDataWriter:
                 write_elem(root, part, {})
         self.earlier = _columns(made_before(root))
         self.columns: Columns | None = None
+        self.by_others: Regions | None = None
         self.n_cells = len(sample)
 
     def append(self, results: CellResults) -> None:
         if self.columns is None:
             self.columns = Columns(self.root, self.n_cells, _replaced(results, self.earlier))
-        obsm = {f"obsm/{key}": values for key, values in results.obsm().items()}
-        self.columns.append({f"obs/{name}": results.obs[name] for name in results.obs} | obsm)
+        obsm = {} if self.by_others else {f"obsm/{key}": values for key, values in results.obsm().items()}
+        self.columns.append({f"obs/{name}": results.obs[name] for name in results.obs} | obsm, len(results.obs))
+
+    def regions(self, chunk: int, widths: Mapping[str, int]) -> Regions | None:
+        if self.store is not None:  # HDF5 has one writer
+            self.by_others = Regions.made(self.store, self.root, self.n_cells, chunk, widths)
+        return self.by_others
 
     def finish(self, sources: Sequence[CountsSource], late: pd.DataFrame, uns: dict[str, Any]) -> None:
         assert self.columns is not None, "a query has cells"
         self.columns.close()
+        if self.by_others is not None:
+            self.by_others.finish()
         if len(late.columns):
             columns = Columns(self.root, self.n_cells, set(map(str, late)))
-            columns.append({f"obs/{name}": late[name] for name in late})
+            columns.append({f"obs/{name}": late[name] for name in late}, len(late))
             columns.close()
         replace_element(self.root, f"uns/{_uns_key(uns, 'carvae' in self.root['uns'])}", uns)
         for key, colour in _colours(uns).items():

@@ -59,7 +59,7 @@ class Behind:
 
 def on_dask(
     address: str, function: Callable[[Task], Item], tasks_for: Callable[[int], Iterable[Task]]
-) -> Iterator[Item]:
+) -> Generator[Item, None, None]:
     """``function`` of each task in order, computed by the workers of a Dask cluster.
 
     What a worker was at when it died is done again by another. Only a few results more than there are workers are on

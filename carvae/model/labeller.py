@@ -20,7 +20,7 @@ from carvae.data.contamination import Mixed
 from carvae.data.counts import Checked
 from carvae.data.genes import GeneTable
 from carvae.data.readers import CountsSource
-from carvae.data.results import CellResults
+from carvae.data.results import LATENT, CellResults
 from carvae.data.transgene import transgene_columns
 from carvae.labels.axis import RESERVED
 from carvae.labels.signatures import coverage, score
@@ -137,11 +137,18 @@ class Labeller:
         return table | {f"carvae_score_{name}": scores[name].to_numpy(np.float32) for name in scores}
 
     def _obsm(self, prediction: Prediction | Judged) -> dict[str, NDArray[np.float32]]:
-        main = self.bundle.axes[0]
-        return {
-            "carvae_probability" if axis == main else f"carvae_{axis}_probability": prediction.probability_NS[axis]
-            for axis in self.bundle.axes
-        }
+        return {probability_key(axis, self.bundle): prediction.probability_NS[axis] for axis in self.bundle.axes}
+
+
+def obsm_widths(bundle: Bundle, *, label: bool) -> dict[str, int]:
+    """Key of ``obsm`` -> columns that a `Labeller` gives it."""
+    trees = bundle.tree.axes if label and bundle.tree else ()
+    return {LATENT: bundle.config.n_latent} | {probability_key(axis.name, bundle): len(axis.leaves) for axis in trees}
+
+
+def probability_key(axis: str, bundle: Bundle) -> str:
+    """Key of ``obsm`` with the probabilities of the leaves."""
+    return "carvae_probability" if axis == bundle.axes[0] else f"carvae_{axis}_probability"
 
 
 def confidence_column(axis: str, bundle: Bundle) -> str:

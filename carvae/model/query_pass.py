@@ -10,9 +10,8 @@ import hashlib
 import json
 import logging
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +23,18 @@ from carvae import __version__
 from carvae.config import PredictConfig
 from carvae.data.genes import GeneReceipt
 from carvae.data.readers import CountsSource, open_samples, open_source, refuse_shared
-from carvae.data.results import earlier_columns
+from carvae.data.results import ResultsWriter, earlier_columns
 from carvae.model.about import about_cells, check_features
-from carvae.model.ahead import ahead, on_dask
+from carvae.model.ahead import ahead
 from carvae.model.bundle import Bundle, libraries
 from carvae.model.cell_clones import Asked, clones_of, late_columns
-from carvae.model.labeller import Labelled, Labeller
+from carvae.model.labeller import Labelled, Labeller, obsm_widths
 from carvae.model.late import Late, LateResults, Sorting, check_root
-from carvae.model.machine import load_on
 from carvae.model.sample_table import SampleTable, Verdicts
+from carvae.model.tasks import Query, by_workers
 
 log = logging.getLogger(__name__)
 
-CHUNKS_PER_TASK = 8
-"""Most chunks that a Dask worker labels at a time."""
-TASKS_PER_WORKER = 4
-"""Tasks that each worker has at least, as far as there are cells: so none is idle, and slow ones have fewer."""
-FEWEST_PER_TASK = 512
-"""Fewer cells are not worth a task of their own. A power of two, so that products of matrices go by the same steps."""
 TOLD = ("sample", "patient", "timepoint", "product")
 """What is kept of what the query says of its cells."""
 
@@ -97,25 +90,22 @@ class Pass:
         """How the genes of the source that has the fewest met the panel."""
         return min((labeller.alignment.receipt for labeller in self.labellers), key=lambda receipt: receipt.overlap)
 
-    def labelled(self) -> Iterator[Labelled]:
+    def labelled(self) -> Generator[Labelled, None, None]:
         """What is said of each chunk, in order; the next one is read meanwhile."""
         for source, labeller in zip(self.sources, self.labellers, strict=True):
             for block in ahead(source.blocks(self.config.chunk_size)):
                 yield labeller(block)
 
-    def labelled_on_dask(self, address: str, model: Path) -> Iterator[Labelled]:
-        """As `labelled`, by the workers of a cluster; the results are the same, to the last digit or nearly."""
+    def labelled_on_dask(self, address: str, model: Path, writer: ResultsWriter) -> Generator[Labelled, None, None]:
+        """As `labelled`, by the workers of a cluster; the results are the same, to the last digit or nearly.
+
+        Where ``writer`` has places for them, the workers write the rows of ``obsm``, and these do not come here.
+        """
         assert isinstance(self.query, Path)
-        query = _Query(self.query.resolve(), model.resolve(), self.config, self.label, self.whole, secrets.token_hex(8))
-
-        def tasks_for(n_workers: int) -> Iterator[_Task]:
-            step = cells_per_task(sum(source.n_cells for source in self.sources), n_workers, self.config.chunk_size)
-            for number, source in enumerate(self.sources):
-                for start in range(0, source.n_cells, step):
-                    yield _Task(query, number, slice(start, start + step))
-
-        for parts in on_dask(address, _do, tasks_for):
-            yield from parts
+        query = Query(self.query.resolve(), model.resolve(), self.config, self.label, self.whole, secrets.token_hex(8))
+        widths = obsm_widths(self.bundle, label=self.label)
+        n_cells = [source.n_cells for source in self.sources]
+        return by_workers(address, query, n_cells, lambda rows: writer.regions(rows, widths))
 
     def add(self, part: Labelled) -> None:
         """Keep what is to be known of the cells in the end."""
@@ -184,51 +174,6 @@ class _Kept:
     total_N: np.ndarray[Any, np.dtype[np.int64]]
     print_N: np.ndarray[Any, np.dtype[np.uint64]]
     largest: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Query:
-    """All that a worker needs to know of a run."""
-
-    query: Path
-    model: Path
-    config: PredictConfig
-    label: bool
-    whole: bool
-    run: str
-    """Tells runs apart: a later one may find other files in the same places."""
-
-
-def cells_per_task(n_cells: int, n_workers: int, chunk_size: int) -> int:
-    """Cells of one task: few enough that every worker has some, whole chunks where that leaves enough tasks."""
-    share = -(-n_cells // (TASKS_PER_WORKER * n_workers))
-    if share > chunk_size:
-        return min(share // chunk_size, CHUNKS_PER_TASK) * chunk_size
-    fewest = min(FEWEST_PER_TASK, chunk_size)
-    return max(share // fewest, 1) * fewest
-
-
-@dataclass(frozen=True)
-class _Task:
-    """Some cells of one source."""
-
-    query: _Query
-    source: int
-    cells: slice
-
-
-def _do(task: _Task) -> list[Labelled]:
-    """What a worker does."""
-    source, labeller = _at_worker(task.query)[task.source]
-    return [labeller(block) for block in source.blocks(task.query.config.chunk_size, task.cells)]
-
-
-@lru_cache(maxsize=1)
-def _at_worker(query: _Query) -> list[tuple[CountsSource, Labeller]]:
-    """Model and sources, opened once by each worker."""
-    bundle = load_on(query.model, query.config)
-    sources = _open(query.query, query.config.counts, query.whole)
-    return [(source, Labeller(source, bundle, query.config, label=query.label)) for source in sources]
 
 
 def _open(query: Path | AnnData, counts: str, whole: bool) -> list[CountsSource]:
