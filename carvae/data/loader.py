@@ -155,14 +155,20 @@ class Chunks:
             yield chunk
 
 
-def seed_step(seed: int, step: int, device: torch.device) -> None:
-    """Make torch's random numbers on the CPU and on ``device`` a function of (seed, step) and of the process.
+def seeds_of(seed: int, steps: range) -> list[int]:
+    """A seed for each step, a function of (seed, step) and of the process.
 
-    As `torch.manual_seed`, but for the stack traces that it keeps for kinds of device not in use (0.6 ms). The first
-    process's zero changes nothing, so its numbers are those of a single one.
+    The first process's zero changes nothing, so its numbers are those of a single one.
     """
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-    state = int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return [int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]) >> 1 for step in steps]
+
+
+def set_seed(state: int, device: torch.device) -> None:
+    """Seed torch's random numbers on the CPU and on ``device``.
+
+    As `torch.manual_seed`, but for the stack traces that it keeps for kinds of device not in use (0.6 ms).
+    """
     torch.default_generator.manual_seed(state)
     if device.type == "cuda":
         torch.cuda.manual_seed(state)

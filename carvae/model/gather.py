@@ -33,6 +33,9 @@ from carvae.data.sparse import CountsCSR
 
 COLUMNS = 64
 HALF = COLUMNS // 2
+LINE = 64
+"""Bytes of a line of the cache."""
+AHEAD = 8
 CELLS_AT_ONCE = 256
 """Cells that go by one part of the weights: they outweigh bringing it into the cache."""
 LOGS = np.log1p(np.arange(4096)).astype(np.float32)
@@ -147,6 +150,7 @@ def _add_rows(typing: Any, row_GC: Any, gene_M: Any, value_M: Any, logs: Any, sp
         }
         arrays["stride"] = builder.extract_value(_made_of(context, builder, signature.args[0], args[0]).strides, 0)
         start, stop = (builder.extract_value(args[4], k) for k in (0, 1))
+        arrays["last"] = builder.sub(stop, _I64(1))
         places = [builder.gep(builder.bitcast(arrays["out"], _VECTOR.as_pointer()), [_I64(k)]) for k in (0, 1)]
         before, sums = builder.block, [builder.load(place, align=4) for place in places]
         loop, after = builder.append_basic_block("loop"), builder.append_basic_block("after")
@@ -178,6 +182,23 @@ _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _VECTOR, _WORDS = ir.VectorType(ir.FloatType(), HALF), ir.VectorType(_I32, HALF)
 
 
+def _row(builder: Any, arrays: Mapping[str, Any], gene: Any) -> Any:
+    """Where the row of a gene begins."""
+    offset = builder.mul(builder.zext(gene, _I64), arrays["stride"])
+    return builder.gep(builder.bitcast(arrays["rows"], _I8.as_pointer()), [offset])
+
+
+def _fetch(builder: Any, arrays: Mapping[str, Any], j: Any) -> None:
+    """Ask for the row of an entry that comes `AHEAD` of ``j``: in training the weights are not in the near cache."""
+    coming, last = builder.add(j, _I64(AHEAD)), arrays["last"]
+    entry = builder.select(builder.icmp_signed("<", coming, last), coming, last)
+    row = _row(builder, arrays, builder.load(builder.gep(arrays["gene"], [entry])))
+    kind = ir.FunctionType(ir.VoidType(), (_I8.as_pointer(), _I32, _I32, _I32))
+    fetch = builder.module.declare_intrinsic("llvm.prefetch", (_I8.as_pointer(),), kind)
+    for line in range(0, COLUMNS * 4, LINE):
+        builder.call(fetch, [builder.gep(row, [_I64(line)]), _I32(0), _I32(3), _I32(1)])  # to read, to stay, data
+
+
 def _plus_row(builder: Any, arrays: Mapping[str, Any], sums: Sequence[Any], j: Any) -> list[Any]:
     """The two halves of the sum and of the row of entry ``j``, added."""
     gene, value = (builder.load(builder.gep(arrays[name], [j])) for name in ("gene", "value"))
@@ -186,8 +207,9 @@ def _plus_row(builder: Any, arrays: Mapping[str, Any], sums: Sequence[Any], j: A
     nothing = ir.Constant(_VECTOR, ir.Undefined)
     every = builder.insert_element(nothing, value, _I32(0))
     every = builder.shuffle_vector(every, nothing, ir.Constant(_WORDS, [0] * HALF))
-    rows, offset = arrays["rows"], builder.mul(builder.zext(gene, _I64), arrays["stride"])
-    row = builder.gep(builder.bitcast(rows, _I8.as_pointer()), [offset])
+    rows, row = arrays["rows"], _row(builder, arrays, gene)
+    if "logs" not in arrays:
+        _fetch(builder, arrays, j)
     if rows.type.pointee == ir.FloatType():
         place = builder.bitcast(row, _VECTOR.as_pointer())
         halves = [builder.load(builder.gep(place, [_I64(k)]), align=4) for k in (0, 1)]

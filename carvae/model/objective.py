@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from carvae.config import Config
-from carvae.data.loader import CellData, Chunks, Minibatch, MinibatchLoader, Thinning, seed_step
+from carvae.data.loader import CellData, Chunks, Minibatch, MinibatchLoader, Thinning, seeds_of, set_seed
 from carvae.data.split import PatientSplit
 from carvae.errors import TrainError
 from carvae.model import processes
@@ -121,10 +121,10 @@ class Objective(lightning.LightningModule):
     def training_step(self, batches: list[Minibatch], batch_idx: int) -> None:
         """Some optimiser steps; what the encoder sees is thinned, what the decoder explains is not."""
         schedule: Any = self.lr_schedulers()
-        for batch in batches:
-            done = self.global_step
-            seed_step(self.config.seed, done, self.device)
-            warmth = self.config.train.warmth((done + 1) / self.n_steps)  # full even for one step
+        steps = range(self.global_step, self.global_step + len(batches))
+        for step, batch, state in zip(steps, batches, seeds_of(self.config.seed, steps), strict=True):
+            set_seed(state, self.device)
+            warmth = self.config.train.warmth((step + 1) / self.n_steps)  # full even for one step
             self.get_buffer("warmth").fill_(warmth)
             self.get_buffer("kl_weight").fill_(warmth * self.config.train.kl_weight)
             if self._graphed is None:
