@@ -143,9 +143,12 @@ def _poorer(own: dict[str, Any]) -> list[str]:
     return [
         "### Fewer counts, fewer genes",
         "",
-        "| taken away | macro-F1 | of that of whole cells | calibration error |",
+        "| taken away | macro-F1 | of that of whole cells (sd over draws) | calibration error |",
         "|---|---|---|---|",
-        *(f"| {_point(row)} | {row['macro_f1']:.3f} | {row['kept']:.0%} | {row['ece']:.3f} |" for row in own["sweeps"]),
+        *(
+            f"| {_point(row)} | {row['macro_f1']:.3f} | {row['kept']:.0%} ({row['kept_sd']:.0%}) | {row['ece']:.3f} |"
+            for row in own["sweeps"]
+        ),
         "",
     ]
 

@@ -102,7 +102,10 @@ def short_figures(part: Pooled) -> dict[str, float]:
 
 
 def sweeps(seeds: dict[int, list[Answer]], cells: Cells, scored: Sequence[str], config: Config) -> list[dict[str, Any]]:
-    """A row per depth or share of missing genes: figures, and the share of the whole cells' macro-F1 that is kept."""
+    """A row per depth or share of missing genes: mean figures, the share of the whole cells' macro-F1 that is kept.
+
+    ``kept_sd`` is its standard deviation over the draws of what is taken away (and seeds).
+    """
     if any(answer.sweep_PLS is None for answers in seeds.values() for answer in answers):
         return []
     points, found = points_of(config.evaluate), []
@@ -117,7 +120,8 @@ def sweeps(seeds: dict[int, list[Answer]], cells: Cells, scored: Sequence[str], 
             found.append({"kind": point.kind, "value": point.value} | figures | {"kept": figures["macro_f1"] / whole})
     if not found:
         return []
-    table = pd.DataFrame(found).groupby(["kind", "value"], sort=False).mean().reset_index()
+    by_point = pd.DataFrame(found).groupby(["kind", "value"], sort=False)
+    table = by_point.mean().assign(kept_sd=by_point["kept"].std()).reset_index()
     table["refused_by_default"] = (table["kind"] == "missing") & (1 - table["value"] < config.predict.min_overlap)
     return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
 
