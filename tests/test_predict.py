@@ -128,6 +128,18 @@ def test_sets_need_a_model_that_learned_them(world: World, bundle: Bundle) -> No
         annotate(world.query, bundle, PredictConfig(coverage=0.9))
 
 
+def test_confidence_that_nobody_measured_is_told(
+    world: World, bundle: Bundle, sure: Bundle, caplog: pytest.LogCaptureFixture
+) -> None:
+    for model, wanted in ((bundle, 1), (sure, 0)):
+        caplog.clear()
+        annotate(world.query, model)
+        assert sum("confidence is not calibrated" in record.getMessage() for record in caplog.records) == wanted
+    caplog.clear()
+    embed(world.query, bundle)
+    assert not any("calibrated" in record.getMessage() for record in caplog.records)
+
+
 def test_sets_need_labels_of_authors_however_well_novelty_is_known(world: World, sure: Bundle) -> None:
     """As of a model whose held-out cells had weak labels alone: nothing would be added, and nothing said."""
     assert sure.trust is not None

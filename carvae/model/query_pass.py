@@ -35,6 +35,10 @@ from carvae.model.tasks import Query, by_workers
 
 log = logging.getLogger(__name__)
 
+UNCALIBRATED = (
+    "this model's confidence is not calibrated: it is as trained, usually too sure, since no labelled patients were held "
+    "out to learn how often such labels are right; see its card"
+)
 TOLD = ("sample", "patient", "timepoint", "product")
 """What is kept of what the query says of its cells."""
 
@@ -54,6 +58,8 @@ class Pass:
         self.sample = pd.Categorical(obs["sample"])
         self.labellers = [Labeller(source, bundle, config, label=label) for source in self.sources]
         self._say_genes()
+        if label and not (bundle.trust and bundle.trust.calibration):
+            log.warning("%s", UNCALIBRATED)
         trees = bundle.tree.axes if label and bundle.tree else ()
         self.states = {axis.name: axis.leaves for axis in trees}
         n_samples = len(self.sample.categories)
