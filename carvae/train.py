@@ -266,9 +266,9 @@ def fit(cohort: Cohort, split: PatientSplit, config: Config, folder: Path) -> Fi
     network = network.cpu().eval()
     if processes.rank() == 0:  # from the store: of resident counts it may have its own shards alone
         data, rng = cohort.data(split.train, config), np.random.default_rng((config.seed, 4))
-        fit_gene_view(network.head, data, split.train, list(cohort.allowed().values()), config.model, rng)
         if network.head.names:
             fit_completion(network.head.completion, data, split.train, rng)
+        fit_gene_view(network.head, data, split.train, list(cohort.allowed().values()), config.model, rng)
     return Fit(network, n_trained)
 
 

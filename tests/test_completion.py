@@ -61,7 +61,7 @@ def values(counts: sp.csr_matrix) -> np.ndarray:
 def expected(completion: Completion, value_NG: np.ndarray, absent: np.ndarray) -> np.ndarray:
     """What stands for the absent genes: the sum over carried weights that each pick one of them."""
     weight_GF = torch.eye(G)[:, absent]
-    carried_GF, bias_F = completion.carried(torch.from_numpy(absent), weight_GF)
+    carried_GF, bias_F = completion.carrier(torch.from_numpy(absent))(weight_GF)
     assert not carried_GF[absent].any()
     return np.asarray(value_NG @ carried_GF.numpy() + bias_F.numpy())
 

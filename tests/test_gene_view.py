@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -15,7 +16,7 @@ from carvae.data.loader import CellData
 from carvae.data.residence import Resident
 from carvae.data.sparse import CompactCSR, CountsCSR
 from carvae.model import gene_view
-from carvae.model.completion import COUNTS_PER_CELL
+from carvae.model.completion import COUNTS_PER_CELL, fit_completion
 from carvae.model.gene_view import fit_gene_view
 from carvae.model.heads import EVEN_AT, StateHead
 
@@ -76,6 +77,34 @@ def test_the_view_is_the_regression_that_scikit_learn_finds() -> None:
     oracle = LogisticRegression(C=1 / (2 * CONFIG.gene_penalty * N), tol=1e-8, max_iter=2000).fit(scaled, state)
     found = gene_probability(fitted(state, counts), counts)
     np.testing.assert_allclose(found, oracle.predict_proba(scaled), atol=5e-3)
+
+
+def test_genes_that_a_study_lacks_are_expected_and_not_zero() -> None:
+    """By scikit-learn on the values with the expected ones written in; zeros would say that the state is another."""
+    counts, state = cells()
+    study, lacking = np.arange(N) % 2, np.arange(3, 6)  # what tells the second state from the others
+    unmeasured = np.zeros((2, G), np.bool_)
+    unmeasured[1, lacking] = True
+    poorer = sp.csr_matrix(counts.multiply(~unmeasured[study]))
+    data = replace(data_of(poorer, state), unmeasured_SG=torch.from_numpy(unmeasured), study_N=torch.from_numpy(study))
+    head = a_head()
+    fit_completion(head.completion, data, np.arange(N), np.random.default_rng(0))
+    with mock.patch.object(gene_view, "MAX_ITERATIONS", 500):
+        fit_gene_view(head, data, np.arange(N), ALLOWED, CONFIG, np.random.default_rng(0))
+    share_N = np.where(study == 1, 1 - head.completion.get_buffer("share_G")[lacking].sum(), 1)
+    dense = poorer.toarray().astype(np.float64)
+    value = np.log1p(dense / dense.sum(1, keepdims=True) * COUNTS_PER_CELL * share_N[:, None])
+    weights, bias = head.completion.carrier(torch.from_numpy(lacking))(torch.eye(G)[:, lacking])
+    value[np.ix_(study == 1, lacking)] = (value @ weights.numpy() + bias.numpy())[study == 1]
+    measured = ~unmeasured[study]
+    mean = (value * measured).sum(0) / measured.sum(0)
+    scale = np.sqrt(np.sqrt((value**2 * measured).sum(0) / measured.sum(0) - mean**2))
+    oracle = LogisticRegression(C=1 / (2 * CONFIG.gene_penalty * N), tol=1e-8, max_iter=2000).fit(value / scale, state)
+    whole = np.log1p(counts.toarray() / counts.sum(1) * COUNTS_PER_CELL)
+    found = gene_probability(head, counts)
+    np.testing.assert_allclose(found, oracle.predict_proba(np.asarray(whole) / scale), atol=1e-2)
+    with_zeros = gene_probability(fitted(state, poorer), counts)
+    assert np.abs(with_zeros - found).max() > 0.1
 
 
 def test_until_it_is_fitted_the_latent_space_answers_alone() -> None:

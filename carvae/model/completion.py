@@ -16,6 +16,7 @@ Axes: N cells, G genes, A absent genes, R factors, F parts of the leaves, S stud
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -49,6 +50,30 @@ def log_normalised(counts: CountsCSR, share: float | Tensor = 1.0) -> Tensor:
     return (counts.count_M * scale_N[counts.cell_M()]).log1p()
 
 
+@dataclass(frozen=True, slots=True)
+class Carrier:
+    """Carries weights of absent genes over to those that were measured."""
+
+    absent_A: Tensor
+    present_G1: Tensor
+    """0 at the absent genes, 1 at the others."""
+    mean_G: Tensor
+    loading_AR: Tensor
+    factor_GR: Tensor
+    """By which a cell's factors are read from its values."""
+
+    def __call__(self, weight_GF: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights [G, F] and what to add to their bias [F], of which nothing is left at the absent genes.
+
+        With them the sum over the measured genes is that over all, of values and of expected values.
+        """
+        whole_GF = weight_GF.double()
+        absent_AF = whole_GF[self.absent_A]
+        more_GF = self.factor_GR @ (self.loading_AR.t() @ absent_AF)
+        bias_F = self.mean_G[self.absent_A] @ absent_AF - self.mean_G @ more_GF
+        return (self.present_G1 * whole_GF + more_GF).to(weight_GF.dtype), bias_F.to(weight_GF.dtype)
+
+
 class Completion(nn.Module):
     """Expected values of genes; nothing is expected until `fit_completion` has seen the training cells."""
 
@@ -72,25 +97,20 @@ class Completion(nn.Module):
             return 1.0
         return (1 - self.get_buffer("share_G")[absent_A].sum()).clamp(min=LEAST_SHARE)
 
-    def carried(self, absent_A: Tensor, weight_GF: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights [G, F] and what to add to their bias [F], of which nothing is left at the absent genes.
+    def carrier(self, absent_A: Tensor) -> Carrier:
+        """What carries weights over from the absent genes.
 
-        With them the sum over the measured genes is that over all, of values and of expected values. With loadings L,
-        noise P and factors of unit variance, those of a cell are ``(I + L' P^-1 L)^-1 L' P^-1 (value - mean)``, all
-        over the measured genes.
+        With loadings L, noise P and factors of unit variance, those of a cell are
+        ``(I + L' P^-1 L)^-1 L' P^-1 (value - mean)``, all over the measured genes.
         """
-        mean_G, loading_GR, noise_G, weight_GF64 = (
-            x.double() for x in (*map(self.get_buffer, ("mean_G", "loading_GR", "noise_G")), weight_GF)
-        )
+        mean_G, loading_GR, noise_G = (self.get_buffer(name).double() for name in ("mean_G", "loading_GR", "noise_G"))
         present_G1 = torch.ones_like(noise_G)[:, None]
         present_G1[absent_A] = 0
         read_GR = present_G1 * loading_GR / noise_G[:, None]
         precision_RR = torch.eye(loading_GR.shape[1], dtype=torch.float64, device=mean_G.device)
         precision_RR += read_GR.t() @ loading_GR
-        absent_RF = loading_GR[absent_A].t() @ weight_GF64[absent_A]
-        more_GF = read_GR @ torch.linalg.solve(precision_RR, absent_RF)
-        bias_F = mean_G[absent_A] @ weight_GF64[absent_A] - mean_G @ more_GF
-        return (present_G1 * weight_GF64 + more_GF).to(weight_GF.dtype), bias_F.to(weight_GF.dtype)
+        factor_GR = torch.linalg.solve(precision_RR, read_GR.t()).t()
+        return Carrier(absent_A, present_G1, mean_G, loading_GR[absent_A], factor_GR)
 
 
 @torch.no_grad()

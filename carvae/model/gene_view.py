@@ -10,6 +10,7 @@ Axes: N cells, G genes, M non-zero counts, F parts of the leaves, L label sets, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,9 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from carvae.config import ModelConfig
-from carvae.data.loader import CellData, MinibatchLoader
-from carvae.data.sparse import CountsCSR
-from carvae.model.completion import log_normalised
+from carvae.data.loader import CellData, Minibatch, MinibatchLoader
+from carvae.model.completion import Carrier, Completion, log_normalised
 from carvae.model.fused import sparse_product
 from carvae.model.heads import EVEN_AT, StateHead, label_loss
 
@@ -41,6 +41,8 @@ def fit_gene_view(
 
     Genes are divided by the square root of their standard deviation (Pareto scaling, van den Berg et al. 2006,
     doi:10.1186/1471-2164-7-142): without any scaling the few most abundant genes rule, with full scaling the rare ones.
+    Genes that a study did not measure hold what its cells' other genes make expected, once the head's `Completion` is
+    fitted: zeros would be evidence against the states that express them.
 
     Parameters
     ----------
@@ -62,25 +64,67 @@ def fit_gene_view(
         return
     if rows.size > MAX_CELLS:
         rows = np.sort(rng.choice(rows, MAX_CELLS, replace=False))
-    (cells,) = MinibatchLoader(data, rows, rows.size)
-    counts = cells.counts
-    value_M = log_normalised(counts)
-    scale_G = _deviation_G(counts, value_M).clamp(min=1e-3).rsqrt()  # bounds what a gene seen in one cell can say
-    scaled_M = value_M * scale_G[counts.gene_M]
+    groups = _groups(head.completion, data, rows)
+    scale_G = _deviation_G(groups).clamp(min=1e-3).rsqrt()  # bounds what a gene seen in one cell can say
     for a, (classifier, allowed_LS) in enumerate(zip(head.axes, allowed, strict=True)):
         parts_FS = classifier.get_buffer("parts_SF").t()
-        labels = cells.code_NA[:, a], allowed_LS, cells.weight_NA[:, a]
-        weight_GF, bias_F = _solve(counts, scaled_M, parts_FS, labels, config.gene_penalty)
-        classifier.get_buffer("gene_weight_GF").copy_(weight_GF * scale_G[:, None])
+        weight_GF, bias_F = _solve(groups, scale_G, parts_FS, (a, allowed_LS), config.gene_penalty)
+        classifier.get_buffer("gene_weight_GF").copy_(weight_GF)
         classifier.get_buffer("gene_bias_F").copy_(bias_F)
-    head.get_buffer("inverse_depth").copy_(1 / (EVEN_AT * counts.library_N().median().clamp(min=1)))
+    depth_N = torch.cat([group.cells.counts.library_N() / group.share for group in groups])
+    head.get_buffer("inverse_depth").copy_(1 / (EVEN_AT * depth_N.median().clamp(min=1)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Labelled cells of the studies that measured the same genes."""
+
+    cells: Minibatch
+    measured_G: Tensor
+    """bool."""
+    share: float
+    """Of a cell's counts over all genes, what the measured ones have."""
+    value_M: Tensor
+    carrier: Carrier | None
+    """None where all genes were measured."""
+
+    def scaled_M(self, scale_G: Tensor) -> Tensor:
+        """The values, scaled by gene."""
+        return self.value_M * scale_G[self.cells.counts.gene_M]
+
+    def logits(self, scaled_M: Tensor, weight_GF: Tensor, bias_F: Tensor, scale_G: Tensor) -> Tensor:
+        """By part of the leaves [N, F], from weights for scaled values."""
+        if self.carrier is not None:
+            carried_GF, more_F = self.carrier(weight_GF * scale_G[:, None])
+            weight_GF, bias_F = carried_GF / scale_G[:, None], bias_F + more_F
+        logits_NF: Tensor = sparse_product(self.cells.counts, scaled_M, weight_GF) + bias_F
+        return logits_NF
+
+
+def _groups(completion: Completion, data: CellData, rows: NDArray[np.int64]) -> list[_Group]:
+    n_genes = completion.get_buffer("share_G").numel()
+    measured_SG, kind_N = torch.ones(1, n_genes, dtype=torch.bool), np.zeros(rows.size, np.int64)
+    if data.unmeasured_SG is not None:
+        measured_SG, kind_S = torch.unique(~data.unmeasured_SG, dim=0, return_inverse=True)
+        kind_N = kind_S[data.study_N[rows]].numpy()
+    groups = []
+    for kind in np.unique(kind_N):
+        (cells,) = MinibatchLoader(data, own := rows[kind_N == kind], own.size)
+        absent_A = completion.absent(measured_SG[kind].numpy())
+        share = float(completion.measured_share(absent_A))
+        carrier = None if absent_A is None else completion.carrier(absent_A)
+        groups.append(_Group(cells, measured_SG[kind], share, log_normalised(cells.counts, share), carrier))
+    return groups
 
 
 def _solve(
-    counts: CountsCSR, value_M: Tensor, parts_FS: Tensor, labels: tuple[Tensor, Tensor, Tensor], penalty: float
+    groups: Sequence[_Group], scale_G: Tensor, parts_FS: Tensor, axis: tuple[int, Tensor], penalty: float
 ) -> tuple[Tensor, Tensor]:
-    """Weights [G, F] and bias [F] of least penalised label loss."""
-    weight_GF = torch.zeros(counts.n_genes, len(parts_FS), requires_grad=True)
+    """Weights [G, F] and bias [F] of least penalised label loss on an axis, given by its number and `allowed`."""
+    a, allowed_LS = axis
+    code_N, of_label_N = (torch.cat([x[:, a] for x in given]) for given in zip(*map(_labels, groups), strict=True))
+    scaled = [group.scaled_M(scale_G) for group in groups]
+    weight_GF = torch.zeros(len(scale_G), len(parts_FS), requires_grad=True)
     bias_F = torch.zeros(len(parts_FS), requires_grad=True)
     lbfgs = torch.optim.LBFGS(
         [weight_GF, bias_F], max_iter=MAX_ITERATIONS, history_size=20, line_search_fn="strong_wolfe"
@@ -88,19 +132,27 @@ def _solve(
 
     def objective() -> Tensor:
         lbfgs.zero_grad()
-        logits_NS = (sparse_product(counts, value_M, weight_GF) + bias_F) @ parts_FS
-        loss = label_loss(torch.log_softmax(logits_NS, 1), *labels) + penalty * weight_GF.square().sum()
+        parts = [group.logits(own_M, weight_GF, bias_F, scale_G) for group, own_M in zip(groups, scaled, strict=True)]
+        log_probability_NS = torch.log_softmax(torch.cat(parts) @ parts_FS, 1)
+        loss = label_loss(log_probability_NS, code_N, allowed_LS, of_label_N) + penalty * weight_GF.square().sum()
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
     lbfgs.step(objective)  # type: ignore[no-untyped-call]
-    return weight_GF.detach(), bias_F.detach()
+    return weight_GF.detach() * scale_G[:, None], bias_F.detach()
 
 
-def _deviation_G(counts: CountsCSR, value_M: Tensor) -> Tensor:
-    """Standard deviation of each gene's values over the cells, zeros included."""
-    gene_M, value_M = counts.gene_M.long(), value_M.double()
-    sum_G = value_M.new_zeros(counts.n_genes).index_add_(0, gene_M, value_M)
-    square_G = torch.zeros_like(sum_G).index_add_(0, gene_M, value_M.square())
-    mean_G = sum_G / counts.n_cells
-    return (square_G / counts.n_cells - mean_G.square()).clamp(min=0).sqrt().float()
+def _labels(group: _Group) -> tuple[Tensor, Tensor]:
+    return group.cells.code_NA, group.cells.weight_NA
+
+
+def _deviation_G(groups: Sequence[_Group]) -> Tensor:
+    """Standard deviation of each gene's values over the cells in which it was measured, zeros included."""
+    n_G, sum_G, square_G = (torch.zeros(len(groups[0].measured_G), dtype=torch.float64) for _ in range(3))
+    for group in groups:
+        gene_M, value_M = group.cells.counts.gene_M.long(), group.value_M.double()
+        n_G += group.measured_G * group.cells.counts.n_cells
+        sum_G.index_add_(0, gene_M, value_M)
+        square_G.index_add_(0, gene_M, value_M.square())
+    n_G.clamp_(min=1)
+    return (square_G / n_G - (sum_G / n_G).square()).clamp(min=0).sqrt().float()

@@ -127,7 +127,7 @@ class _PartsClassifier(nn.Module):
         weight_GF, bias_F = self.get_buffer("gene_weight_GF"), self.get_buffer("gene_bias_F")
         if absent_A is None:
             return weight_GF, bias_F
-        carried_GF, more_F = completion.carried(absent_A, weight_GF)
+        carried_GF, more_F = completion.carrier(absent_A)(weight_GF)
         return carried_GF, bias_F + more_F
 
     def gene_logits(self, counts: CountsCSR, value_M: Tensor, view: tuple[Tensor, Tensor]) -> Tensor:
