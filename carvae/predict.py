@@ -191,7 +191,7 @@ def _write(work: Pass, model: Path, out: Path, progress: Progress | None) -> Non
         writer = stack.enter_context(writing_results(work.query, work.sources, work.sample, out, cells))
         dask = work.config.dask
         found = work.labelled() if dask is None else work.labelled_on_dask(dask, model, writer)
-        # closed before the writer: no worker is left that writes where an output was given up
+        # closed before the writer: no worker of a local cluster is left that writes where an output was given up
         parts = stack.enter_context(closing(found))
         with Behind(writer.append) as write:
             for part in parts:

@@ -55,6 +55,8 @@ def test_the_layer_in_training_is_torchs_own(n: int, n_hidden: int) -> None:
         torch.testing.assert_close(found_NH, sum_of_rows(counts, value_M, weight_GH), rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match="weights of shape"):
         weighted_rows(counts, value_M, weight_GH[:, 1:])
+    with pytest.raises(ValueError, match=r"values of torch\.float32 for rows"):
+        weighted_rows(counts, value_M, weight_GH.double())
     with pytest.raises(ValueError, match="values for"):
         weighted_rows(counts, torch.zeros(len(value_M) + 1), weight_GH)
 

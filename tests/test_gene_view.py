@@ -98,13 +98,43 @@ def test_genes_that_a_study_lacks_are_expected_and_not_zero() -> None:
     value[np.ix_(study == 1, lacking)] = (value @ weights.numpy() + bias.numpy())[study == 1]
     measured = ~unmeasured[study]
     mean = (value * measured).sum(0) / measured.sum(0)
-    scale = np.sqrt(np.sqrt((value**2 * measured).sum(0) / measured.sum(0) - mean**2))
+    deviation = np.sqrt((value**2 * measured).sum(0) / measured.sum(0) - mean**2)
+    usual = head.completion.deviation_G().numpy()[lacking]
+    deviation[lacking] = np.maximum(deviation[lacking], usual)
+    scale = np.sqrt(deviation)
     oracle = LogisticRegression(C=1 / (2 * CONFIG.gene_penalty * N), tol=1e-8, max_iter=2000).fit(value / scale, state)
     whole = np.log1p(counts.toarray() / counts.sum(1) * COUNTS_PER_CELL)
     found = gene_probability(head, counts)
     np.testing.assert_allclose(found, oracle.predict_proba(np.asarray(whole) / scale), atol=1e-2)
     with_zeros = gene_probability(fitted(state, poorer), counts)
     assert np.abs(with_zeros - found).max() > 0.1
+
+
+@pytest.mark.parametrize("n_shown", [0, 3])
+def test_genes_of_which_labels_say_nothing_or_little_do_not_rule(n_shown: int) -> None:
+    """A large labelled study lacks genes which unlabelled cells have; of the labelled ones ``n_shown`` show them."""
+    counts, state = cells()
+    lacking = np.arange(3, 6)
+    study = np.repeat([0, 1, 2], [90, 10, N - 100])
+    unmeasured = np.zeros((3, G), np.bool_)
+    unmeasured[0, lacking] = True
+    poorer = sp.csr_matrix(counts.multiply(~unmeasured[study])).toarray()
+    poorer[np.ix_(np.arange(90 + n_shown, 100), lacking)] = 0
+    code = np.where(study == 2, -1, state)
+    data = replace(
+        data_of(sp.csr_matrix(poorer), code),
+        unmeasured_SG=torch.from_numpy(unmeasured),
+        study_N=torch.from_numpy(study),
+    )
+    head = a_head()
+    fit_completion(head.completion, data, np.arange(N), np.random.default_rng(0))
+    fit_gene_view(head, data, np.arange(N), ALLOWED, CONFIG, np.random.default_rng(0))
+    weight = head.axes[0].get_buffer("gene_weight_GF").abs().max(1).values.numpy()
+    assert weight[lacking].any() == (n_shown > 0)
+    assert weight[lacking].max() <= np.delete(weight, lacking).max()
+    right = gene_probability(head, counts[study == 2]).argmax(1) == state[study == 2]
+    zeros = gene_probability(fitted(code, sp.csr_matrix(poorer)), counts[study == 2]).argmax(1) == state[study == 2]
+    assert right.mean() >= zeros.mean()
 
 
 def test_until_it_is_fitted_the_latent_space_answers_alone() -> None:

@@ -91,6 +91,10 @@ class Completion(nn.Module):
             return None
         return torch.from_numpy(np.flatnonzero(~present_G)).to(share_G.device)
 
+    def deviation_G(self) -> Tensor:
+        """Standard deviation of each gene's values over the training cells that it was learned from."""
+        return (self.get_buffer("loading_GR").square().sum(1) + self.get_buffer("noise_G")).sqrt()
+
     def measured_share(self, absent_A: Tensor | None) -> Tensor | float:
         """Share of a cell's counts over all genes that those which are not absent have, a scalar."""
         if absent_A is None:

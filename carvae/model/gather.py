@@ -124,6 +124,8 @@ def _arrays(counts: CountsCSR, value_M: Tensor, rows: Tensor) -> list[Any]:
     """Where the counts' entries are, their values and the rows; the kernels check nothing of it."""
     if value_M.numel() != counts.gene_M.numel():
         raise ValueError(f"{value_M.numel()} values for {counts.gene_M.numel()} counts")
+    if value_M.dtype != rows.dtype:
+        raise ValueError(f"values of {value_M.dtype} for rows of {rows.dtype}")
     tensors = counts.indptr_N, counts.gene_M, value_M, rows
     return [tensor.detach().contiguous().numpy() for tensor in tensors]
 

@@ -65,7 +65,7 @@ def fit_gene_view(
     if rows.size > MAX_CELLS:
         rows = np.sort(rng.choice(rows, MAX_CELLS, replace=False))
     groups = _groups(head.completion, data, rows)
-    scale_G = _deviation_G(groups).clamp(min=1e-3).rsqrt()  # bounds what a gene seen in one cell can say
+    scale_G = _scale_G(groups, head.completion)
     for a, (classifier, allowed_LS) in enumerate(zip(head.axes, allowed, strict=True)):
         parts_FS = classifier.get_buffer("parts_SF").t()
         weight_GF, bias_F = _solve(groups, scale_G, parts_FS, (a, allowed_LS), config.gene_penalty)
@@ -96,7 +96,7 @@ class _Group:
         """By part of the leaves [N, F], from weights for scaled values."""
         if self.carrier is not None:
             carried_GF, more_F = self.carrier(weight_GF * scale_G[:, None])
-            weight_GF, bias_F = carried_GF / scale_G[:, None], bias_F + more_F
+            weight_GF, bias_F = carried_GF / scale_G.clamp(min=1e-6)[:, None], bias_F + more_F
         logits_NF: Tensor = sparse_product(self.cells.counts, scaled_M, weight_GF) + bias_F
         return logits_NF
 
@@ -146,13 +146,22 @@ def _labels(group: _Group) -> tuple[Tensor, Tensor]:
     return group.cells.code_NA, group.cells.weight_NA
 
 
-def _deviation_G(groups: Sequence[_Group]) -> Tensor:
-    """Standard deviation of each gene's values over the cells in which it was measured, zeros included."""
+def _scale_G(groups: Sequence[_Group], completion: Completion) -> Tensor:
+    """Factor of each gene's values; 0 for genes that no labelled cell shows, of which labels say nothing.
+
+    The deviation is over the labelled cells in which the gene was measured, zeros included. Where not all of them are
+    such, it is at least that over all training cells: else a gene of which a few labelled cells show little, and which
+    is expected in many, would be the cheapest to give weight to.
+    """
     n_G, sum_G, square_G = (torch.zeros(len(groups[0].measured_G), dtype=torch.float64) for _ in range(3))
     for group in groups:
         gene_M, value_M = group.cells.counts.gene_M.long(), group.value_M.double()
         n_G += group.measured_G * group.cells.counts.n_cells
         sum_G.index_add_(0, gene_M, value_M)
         square_G.index_add_(0, gene_M, value_M.square())
-    n_G.clamp_(min=1)
-    return (square_G / n_G - (sum_G / n_G).square()).clamp(min=0).sqrt().float()
+    mean_G = sum_G / n_G.clamp(min=1)
+    deviation_G = (square_G / n_G.clamp(min=1) - mean_G.square()).clamp(min=0).sqrt().float()
+    everywhere_G = n_G == sum(group.cells.counts.n_cells for group in groups)
+    bounded_G = torch.where(everywhere_G, deviation_G, torch.maximum(deviation_G, completion.deviation_G()))
+    scale_G = bounded_G.clamp(min=1e-3).rsqrt()  # bounds what a gene seen in one cell can say
+    return torch.where(sum_G > 0, scale_G, 0.0)

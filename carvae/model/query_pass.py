@@ -36,8 +36,8 @@ from carvae.model.tasks import Query, by_workers
 log = logging.getLogger(__name__)
 
 UNCALIBRATED = (
-    "this model's confidence is not calibrated: it is as trained, usually too sure, since no labelled patients were "
-    "held out to learn how often such labels are right; see its card"
+    "this model's confidence is not calibrated: it is as trained, usually too sure; train.calibration_folds would have "
+    "taught it, and its card says what is known of its errors"
 )
 TOLD = ("sample", "patient", "timepoint", "product")
 """What is kept of what the query says of its cells."""
