@@ -172,7 +172,7 @@ def test_a_killed_worker_costs_only_its_tasks(
 ) -> None:
     query = tmp_path / "q.h5ad"
     longer(world.query, 4).write_h5ad(query)
-    local = PredictConfig(chunk_size=10)
+    local = PredictConfig(chunk_size=32)
     for ending in ("h5ad", "csv"):
         predict.run(query, world.bundle, tmp_path / f"local.{ending}", local, label=True)
     killed: list[int] = []
@@ -185,7 +185,7 @@ def test_a_killed_worker_costs_only_its_tasks(
         add(self, part)
 
     monkeypatch.setattr(query_pass.Pass, "add", and_kill)
-    remote = PredictConfig(chunk_size=10, dask=cluster.scheduler_address)
+    remote = PredictConfig(chunk_size=32, dask=cluster.scheduler_address)
     predict.run(query, world.bundle, tmp_path / "dask.h5ad", remote, label=True)
     assert killed
     assert killed[0] not in pids_of(cluster)

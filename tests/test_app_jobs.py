@@ -63,8 +63,8 @@ FORMULAS = (
 )
 HOSTILE = (*SCRIPTS, *FORMULAS)
 """Names of samples; by another project's list of what goes wrong in reports and tables."""
-CELLS = 8
-"""Of each of those samples."""
+CELLS = 1
+"""Of each of those samples: of so few cells in all, the report has no UMAP, which every process compiles for itself."""
 PHONE = {"width": 390, "height": 800}
 pytestmark = pytest.mark.slow
 
@@ -131,8 +131,8 @@ def served(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 @pytest.fixture(scope="module")
 def done(served: Served, world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What is told of a job that was labelled to the end."""
-    query = world.query.copy()
-    query.obs["library_id"] = pd.Categorical(np.array(HOSTILE, dtype=object)[np.arange(query.n_obs) // CELLS])
+    query = world.query[: CELLS * len(HOSTILE)].copy()
+    query.obs["library_id"] = pd.Categorical(np.repeat(np.array(HOSTILE, dtype=object), CELLS))
     path = tmp_path_factory.mktemp("evil") / "evil.h5ad"
     query.write_h5ad(path)
     job = served.give(path)

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from importlib import import_module
@@ -18,6 +16,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from apart import begin, command_line
 from trained import STUDIES, World, carvae, settings, sha256, write_config
 
 from carvae.config import Config
@@ -93,23 +92,17 @@ def test_the_same_seed_gives_the_same_bits_whatever_the_caller_drew(world: World
     assert weights(tmp_path / "c") != weights(tmp_path / "a")
 
 
-def start(config: Path, folder: Path) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "WANDB_MODE": "disabled"}
-    with (folder / "stderr.txt").open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "carvae.cli", "train", str(config)], stderr=log, env=environment, cwd=folder
-        )
-
-
-def kill_when(process: subprocess.Popen[bytes], checkpoints: Path) -> None:
-    """SIGKILL as soon as the first checkpoint is there."""
+def killed(config: Path, folder: Path, checkpoints: Path) -> str:
+    """Train in a process of its own, SIGKILL it as soon as the first checkpoint is there; returns what it said."""
+    training = begin(command_line, "train", config, env=os.environ | {"WANDB_MODE": "disabled"}, cwd=folder)
     deadline = time.monotonic() + RUN_KILLED
     while not any(checkpoints.glob("*/last.ckpt")):
-        assert process.poll() is None, "the run ended before it could be killed"
+        assert training.process.exitcode is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline, "the run wrote no checkpoint"
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    ended = training.kill()
+    assert ended.returncode == -signal.SIGKILL
+    return ended.stderr
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bits(world: World, tmp_path: Path) -> None:
@@ -117,15 +110,15 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(world: World, tmp_path
     sections: dict[str, Any] = {"train": {"max_epochs": 15, "min_steps": 0, "refit": True}}
     path = write_config(tmp_path / "c.yaml", settings(world.folder, tmp_path / "killed", **sections))
     shutil.copytree(work_folder(world.bundle) / "store.zarr", tmp_path / "killed.work" / "store.zarr")
+    told = []
     for stage in ("fit", "refit"):
-        checkpoints = tmp_path / "killed.work" / stage / "checkpoints"
-        kill_when(start(path, tmp_path), checkpoints)
+        told.append(killed(path, tmp_path, tmp_path / "killed.work" / stage / "checkpoints"))
         assert not (tmp_path / "killed").exists()
     with mock.patch.object(train.log, "info") as said:
         train.run(Config.read(path))
     continued = [call.args for call in said.call_args_list if str(call.args[0]).startswith("continuing")]
     assert ["refit" in str(args[1]) for args in continued] == [False, True]
-    assert "continuing from" in (tmp_path / "stderr.txt").read_text(encoding="utf-8")
+    assert ["continuing from" in text for text in told] == [False, True]
     train_here(world, tmp_path / "whole", **sections)
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
     assert sha256(tmp_path / "killed") == sha256(tmp_path / "whole")
@@ -480,21 +473,14 @@ def test_wandb_works_offline_without_an_account_and_tells_no_names(world: World,
     # excluded patients on the command line are names too
     excluded = str(world.studies["sim_lymphoma"].obs["donor_id"].iloc[0])
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {
-        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
         "HOME": str(tmp_path / "home"),
         **dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9"),
     }
     (tmp_path / "home").mkdir()
-    command = ["-m", "carvae.cli", "train", str(write_config(tmp_path / "c.yaml", config))]
-    done = subprocess.run(
-        [sys.executable, *command, f"ingest.exclude_patients=[{excluded}]"],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    assert b"wandb:" not in done.stderr
+    command = ("train", write_config(tmp_path / "c.yaml", config), f"ingest.exclude_patients=[{excluded}]")
+    done = begin(command_line, *command, env=environment, cwd=tmp_path).wait()
+    assert done.returncode == 0, done.stderr
+    assert "wandb:" not in done.stderr
     files = [p for p in tmp_path.rglob("*") if "wandb" in p.relative_to(tmp_path).parts and p.is_file()]
     assert any(p.suffix == ".wandb" for p in files)
     assert all({tmp_path / "m.work", tmp_path / "home"} & set(p.parents) for p in files)

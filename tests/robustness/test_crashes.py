@@ -4,46 +4,23 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
-import sys
-import textwrap
 from contextlib import ExitStack
 from pathlib import Path
 
+import anndata as ad
+import limits
 import pytest
+from apart import Ended, begin
 from small import KEPT, Says, Small
 from trained import World, carvae, settings, sha256, write_config
 
 from carvae.data import atomic
 from carvae.model.bundle import load
 
-RUN = """
-import os, resource, signal, sys
-import numba, numpy
-from carvae.cli import main
-import carvae.predict, carvae.train
-numba.njit(lambda n: numpy.zeros(n).sum())(2)  # LLVM ends the process where it gets no memory
-{limit}
-sys.argv = ["carvae", *sys.argv[1:]]
-main()
-"""
-LIMITS = {
-    "disk": "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, ({n}, {n}))",
-    "kill": "resource.setrlimit(resource.RLIMIT_CORE, (0, 0)); signal.signal(signal.SIGXFSZ, signal.SIG_DFL); "
-    "resource.setrlimit(resource.RLIMIT_FSIZE, ({n}, {n}))",
-    "memory": "size = int(open('/proc/self/statm').read().split()[0]) * os.sysconf('SC_PAGE_SIZE') + {n}; "
-    "resource.setrlimit(resource.RLIMIT_AS, (size, size))",
-}
 
-
-def limited(kind: str, n: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+def limited(kind: str, n: int, *arguments: object) -> Ended:
     """Run the command line in a process of its own under a limit that is set after its libraries are loaded."""
-    code = textwrap.dedent(RUN).format(limit=LIMITS[kind].format(n=n))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)],
-        check=False, capture_output=True, text=True, env=environment, timeout=300,
-    )  # fmt: skip
+    return begin(limits.limited, kind, n, *arguments).wait()
 
 
 def names(folder: Path) -> list[str]:
@@ -90,6 +67,14 @@ LATEST = KEPT.parent / "0.1.0-layout5" / "model"
 """A model that can be shared."""
 
 
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A query whose page is drawn in no time: UMAP, which takes seconds, is of 30 cells and more."""
+    path = tmp_path_factory.mktemp("few") / "query.h5ad"
+    ad.read_h5ad(LATEST.parent / "query.h5ad")[20:45].write_h5ad(path)
+    return path
+
+
 @pytest.mark.case("D02")
 def test_a_full_disk_leaves_the_older_model_where_one_is_shared(tmp_path: Path, says: Says) -> None:
     out = tmp_path / "S"
@@ -107,12 +92,12 @@ def test_a_full_disk_leaves_the_older_model_where_one_is_shared(tmp_path: Path, 
 
 @pytest.mark.case("D02")
 def test_a_disk_that_is_full_when_the_page_is_written_leaves_the_labels_and_the_older_page(
-    tmp_path: Path, says: Says
+    few: Path, tmp_path: Path, says: Says
 ) -> None:
     out, page = tmp_path / "A.h5ad", tmp_path / "A.html"
     page.write_text("older")
-    asked = ("annotate", LATEST.parent / "query.h5ad", "--model", LATEST, "--out", out, "--report", page)
-    done = limited("disk", 400_000, *asked, "report.max_cells=100")
+    asked = ("annotate", few, "--model", LATEST, "--out", out, "--report", page)
+    done = limited("disk", 400_000, *asked)
     assert (done.returncode, done.stderr.count("carvae: ")) == (1, 1), done.stderr
     assert f"the labels are in {out}, and `carvae report` makes the page" in done.stderr
     assert page.read_text() == "older"
@@ -127,7 +112,7 @@ def test_a_disk_that_is_full_when_the_page_is_written_leaves_the_labels_and_the_
 
 @pytest.mark.case("D04")
 def test_a_folder_that_cannot_be_written_to_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, says: Says
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, says: Says
 ) -> None:
     made = atomic._make
 
@@ -140,8 +125,8 @@ def test_a_folder_that_cannot_be_written_to_is_told(
     fixed = tmp_path / "fixed"
     answer = carvae("export", LATEST, "--share", "--out", fixed / "S")
     assert (answer.code, answer.err) == (1, f"carvae: Read-only file system: {fixed}; choose another output\n")
-    query, out = LATEST.parent / "query.h5ad", tmp_path / "A.h5ad"
-    answer = carvae("annotate", query, "--model", LATEST, "--out", out, "--report", fixed / "A.html")
+    out = tmp_path / "A.h5ad"
+    answer = carvae("annotate", few, "--model", LATEST, "--out", out, "--report", fixed / "A.html")
     assert (answer.code, answer.err) == (1, f"carvae: Read-only file system: {fixed}; choose another output\n")
     assert f"the labels are in {out}" in caplog.text
     assert names(tmp_path) == ["A.cells.csv.gz", "A.h5ad", "A.samples.csv"]
@@ -159,33 +144,17 @@ def test_too_little_memory_is_one_sentence(small: Small, tmp_path: Path, says: S
     says(done.stderr.splitlines()[-1])
 
 
-SAVES = """
-import sys
-from pathlib import Path
-from carvae.model.bundle import load
-bundle = load(sys.argv[1])
-print("ready", flush=True)
-while True:
-    bundle.save(Path(sys.argv[2]))
-"""
 N_READ = 40
 
 
 @pytest.mark.case("D08")
 def test_readers_of_a_model_that_is_written_again_and_again_never_fail(small: Small, model: Path, says: Says) -> None:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     load(small.model).save(model)  # in today's layout, as the writers will
     with ExitStack() as stack:
         for _ in range(2):
-            writer = stack.enter_context(
-                subprocess.Popen(
-                    [sys.executable, "-c", SAVES, str(small.model), str(model)], stdout=subprocess.PIPE, text=True,
-                    env=environment,
-                )
-            )  # fmt: skip
+            writer = begin(limits.save_for_ever, small.model, model)
             stack.callback(writer.kill)
-            assert writer.stdout is not None
-            assert writer.stdout.readline() == "ready\n"
+            assert writer.readline() == "ready\n"
         expected, seen = load(model).bundle_id, set()
         for _ in range(N_READ):
             assert load(model).bundle_id == expected

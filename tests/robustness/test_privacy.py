@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import anndata as ad
 import numpy as np
 import pytest
 import torch
+from apart import begin, command_line
 from sklearn.metrics import roc_auc_score
 from small import Says
 from trained import World, carvae, write_config
@@ -93,17 +92,13 @@ def leaving(world: World, tmp_path_factory: pytest.TempPathFactory) -> Leaving:
         "output": str(folder / "m"),
         "ingest": {"n_top_genes": 300, "studies": {STUDY: {"path": str(place / "study.h5ad"), "obs": obs}}},
         "model": {"n_latent": 8, "n_hidden": 32, "covariates": ["sample", "assay"]},
-        "train": {"accelerator": "cpu", "min_steps": 40, "max_epochs": 2, "calibration_folds": 2, "map_every": 1},
+        "train": {"accelerator": "cpu", "min_steps": 40, "max_epochs": 2, "calibration_folds": 2, "map_every": 10},
     }
     config["ingest"]["studies"][STUDY]["label"] = "cell_type"
     said = {}
     words = f"ingest.studies.{STUDY}.missing_labels=[{', '.join(PLANTED['argument'])}]"
     command = ["train", str(write_config(folder / "c.yaml", config)), words, "train.wandb=offline"]
-    done = subprocess.run(
-        [sys.executable, "-m", "carvae.cli", *command],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "HOME": str(folder)},
-        cwd=folder, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = begin(command_line, *command, env=os.environ | {"HOME": str(folder)}, cwd=folder).wait()
     assert done.returncode == 0, done.stderr
     said["train"] = done.stdout + done.stderr
     shared, annotated, page = folder / "shared", place / "A.h5ad", folder / "page.html"
