@@ -131,6 +131,7 @@ def test_sets_need_a_model_that_learned_them(world: World, bundle: Bundle) -> No
 def test_confidence_that_nobody_measured_is_told(
     world: World, bundle: Bundle, sure: Bundle, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "carvae")
     for model, wanted in ((bundle, 1), (sure, 0)):
         caplog.clear()
         annotate(world.query, model)

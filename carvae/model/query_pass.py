@@ -59,7 +59,7 @@ class Pass:
         self.labellers = [Labeller(source, bundle, config, label=label) for source in self.sources]
         self._say_genes()
         if label and not (bundle.trust and bundle.trust.calibration):
-            log.warning("%s", UNCALIBRATED)
+            log.info("%s", UNCALIBRATED)
         trees = bundle.tree.axes if label and bundle.tree else ()
         self.states = {axis.name: axis.leaves for axis in trees}
         n_samples = len(self.sample.categories)
