@@ -59,6 +59,7 @@ from carvae.model.trainer import (
     finish,
     interrupts_told,
     loggers_of,
+    older_objects_left_alone,
     quiet_lightning,
     start_processes,
     trainer_of,
@@ -255,7 +256,7 @@ def fit(cohort: Cohort, split: PatientSplit, config: Config, folder: Path) -> Fi
             trainer.callbacks.append(EveryFewEpochs(config.train.map_every, watch))  # type: ignore[attr-defined]
         if last.exists():
             log.info("continuing from %s", last)
-        with interrupts_told(trainer):
+        with interrupts_told(trainer), older_objects_left_alone():
             trainer.fit(module, ckpt_path=last if last.exists() else None, weights_only=True)
     n_trained = trainer.current_epoch
     if split.validation.size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import shutil
@@ -123,6 +124,16 @@ def quiet_lightning() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning.*")
         yield
+
+
+@contextmanager
+def older_objects_left_alone() -> Iterator[None]:
+    """Keep the garbage collector from looking through all that was there before, time and again, while steps go by."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager
