@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -79,6 +80,14 @@ def recorded(world: World, output: Path, **sections: Any) -> list[tuple[float, f
 
 
 # -- the same weights every time
+
+
+def test_the_garbage_collector_is_given_back_as_it_was() -> None:
+    before = gc.get_freeze_count()
+    with pytest.raises(ValueError, match="stop"), trainer.older_objects_left_alone():
+        assert gc.get_freeze_count() > before
+        raise ValueError("stop")
+    assert gc.get_freeze_count() == 0
 
 
 def test_the_same_seed_gives_the_same_bits_whatever_the_caller_drew(world: World, tmp_path: Path) -> None:
