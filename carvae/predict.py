@@ -29,6 +29,7 @@ from carvae.data.spreadsheet import write_table
 from carvae.errors import BundleError, ConfigError, CountsError, ReadError
 from carvae.model.ahead import Behind
 from carvae.model.bundle import Bundle
+from carvae.model.card import calibrated
 from carvae.model.cell_clones import Asked, check_given
 from carvae.model.machine import load_on
 from carvae.model.query_pass import Pass
@@ -164,7 +165,7 @@ def refuse(bundle: Bundle, query: Path, out: Path, config: PredictConfig, *, lab
 def _refuse_model(bundle: Bundle, config: PredictConfig, label: bool) -> None:
     if label and bundle.tree is None:
         raise BundleError("this model was trained without labels; use `carvae embed`, or train with labels")
-    if label and config.coverage is not None and not (bundle.trust and bundle.trust.calibration):
+    if label and config.coverage is not None and not calibrated(bundle):
         raise BundleError(
             "predict.coverage asks for sets of states, and this model's confidence is not calibrated: no labelled "
             "patients were held out to learn them on; leave it out, or train with train.calibration_folds on labels of "

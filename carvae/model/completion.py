@@ -101,12 +101,14 @@ class Completion(nn.Module):
             return 1.0
         return (1 - self.get_buffer("share_G")[absent_A].sum()).clamp(min=LEAST_SHARE)
 
-    def carrier(self, absent_A: Tensor) -> Carrier:
-        """What carries weights over from the absent genes.
+    def carrier(self, absent_A: Tensor | None) -> Carrier | None:
+        """What carries weights over from the absent genes; None where there are none.
 
         With loadings L, noise P and factors of unit variance, those of a cell are
         ``(I + L' P^-1 L)^-1 L' P^-1 (value - mean)``, all over the measured genes.
         """
+        if absent_A is None:
+            return None
         mean_G, loading_GR, noise_G = (self.get_buffer(name).double() for name in ("mean_G", "loading_GR", "noise_G"))
         present_G1 = torch.ones_like(noise_G)[:, None]
         present_G1[absent_A] = 0

@@ -101,7 +101,7 @@ def weighted_rows(counts: CountsCSR, value_M: Tensor, weight_GH: Tensor) -> Tens
     if len(weight_GH) != counts.n_genes or weight_GH.shape[1] % COLUMNS:
         raise ValueError(f"weights of shape {tuple(weight_GH.shape)} for counts over {counts.n_genes} genes")
     out_NH = weight_GH.new_empty(counts.n_cells, weight_GH.shape[1])
-    _sums_by_cell(*_arrays(counts, value_M, weight_GH), out_NH.numpy())  # type: ignore[call-arg]
+    _sums_of_rows(*_arrays(counts, value_M, weight_GH), out_NH.numpy())  # type: ignore[call-arg]
     return out_NH
 
 
@@ -290,14 +290,14 @@ def _activate(row_H: NDArray[np.float32]) -> None:
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _sums_by_cell(
+def _sums_of_rows(
     indptr_N: NDArray[np.int64],
     gene_M: NDArray[np.int32],
     value_M: NDArray[np.float32],
     weight_GH: NDArray[np.float32],
     out_NH: NDArray[np.float32],
 ) -> None:
-    """Write the sum of its genes' rows to each cell."""
+    """Write the sum of its genes' rows to each cell, or of its cells' rows to each gene."""
     for n in range(out_NH.shape[0]):
         for first in range(0, out_NH.shape[1], COLUMNS):
             row_C, columns = out_NH[n, first : first + COLUMNS], weight_GH[:, first : first + COLUMNS]
@@ -331,8 +331,4 @@ def _sums_by_gene(
             place = np.uint64(place_G[gene])
             cell_M[place], ordered_M[place] = n, value_M[j]
             place_G[gene] += 1
-    for k in range(n_genes):
-        for first in range(0, out_GH.shape[1], COLUMNS):
-            row_C, columns = out_GH[k, first : first + COLUMNS], grad_NH[:, first : first + COLUMNS]
-            row_C[:] = 0
-            _add_rows(columns, cell_M, ordered_M, None, (start_G[k], start_G[k + 1]), row_C)  # type: ignore[call-arg]
+    _sums_of_rows(start_G, cell_M, ordered_M, grad_NH, out_GH)

@@ -112,8 +112,8 @@ def _groups(completion: Completion, data: CellData, rows: NDArray[np.int64]) -> 
         (cells,) = MinibatchLoader(data, own := rows[kind_N == kind], own.size)
         absent_A = completion.absent(measured_SG[kind].numpy())
         share = float(completion.measured_share(absent_A))
-        carrier = None if absent_A is None else completion.carrier(absent_A)
-        groups.append(_Group(cells, measured_SG[kind], share, log_normalised(cells.counts, share), carrier))
+        value_M, carrier = log_normalised(cells.counts, share), completion.carrier(absent_A)
+        groups.append(_Group(cells, measured_SG[kind], share, value_M, carrier))
     return groups
 
 
@@ -122,7 +122,8 @@ def _solve(
 ) -> tuple[Tensor, Tensor]:
     """Weights [G, F] and bias [F] of least penalised label loss on an axis, given by its number and `allowed`."""
     a, allowed_LS = axis
-    code_N, of_label_N = (torch.cat([x[:, a] for x in given]) for given in zip(*map(_labels, groups), strict=True))
+    code_N = torch.cat([group.cells.code_NA[:, a] for group in groups])
+    of_label_N = torch.cat([group.cells.weight_NA[:, a] for group in groups])
     scaled = [group.scaled_M(scale_G) for group in groups]
     weight_GF = torch.zeros(len(scale_G), len(parts_FS), requires_grad=True)
     bias_F = torch.zeros(len(parts_FS), requires_grad=True)
@@ -140,10 +141,6 @@ def _solve(
 
     lbfgs.step(objective)  # type: ignore[no-untyped-call]
     return weight_GF.detach() * scale_G[:, None], bias_F.detach()
-
-
-def _labels(group: _Group) -> tuple[Tensor, Tensor]:
-    return group.cells.code_NA, group.cells.weight_NA
 
 
 def _scale_G(groups: Sequence[_Group], completion: Completion) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from carvae.config import ModelConfig
 from carvae.data.sparse import CountsCSR
-from carvae.model.completion import Completion, log_normalised
+from carvae.model.completion import Carrier, Completion, log_normalised
 from carvae.model.fused import small_products, sparse_product
 
 EVEN_AT = 0.45
@@ -75,7 +75,8 @@ class StateHead(nn.Module):
     def views(self, present_G: NDArray[np.bool_] | None = None) -> GeneViews:
         """The gene views where ``present_G`` were measured, by default all genes; to be made once per query."""
         absent_A = self.completion.absent(present_G)
-        weights = tuple(axis.gene_view(self.completion, absent_A) for axis in self.axes)  # type: ignore[operator]
+        carrier = self.completion.carrier(absent_A)
+        weights = tuple(axis.gene_view(carrier) for axis in self.axes)  # type: ignore[operator]
         measured = 1.0 if absent_A is None or present_G is None else float(present_G.mean())
         return GeneViews(weights, self.completion.measured_share(absent_A), measured)
 
@@ -122,12 +123,12 @@ class _PartsClassifier(nn.Module):
         logits_NS: Tensor = self.linear(self.dropout(z_NK)) @ self.get_buffer("parts_SF").t()
         return logits_NS
 
-    def gene_view(self, completion: Completion, absent_A: Tensor | None) -> tuple[Tensor, Tensor]:
+    def gene_view(self, carrier: Carrier | None) -> tuple[Tensor, Tensor]:
         """Weight [G, F] and bias [F], those of absent genes carried over to the others."""
         weight_GF, bias_F = self.get_buffer("gene_weight_GF"), self.get_buffer("gene_bias_F")
-        if absent_A is None:
+        if carrier is None:
             return weight_GF, bias_F
-        carried_GF, more_F = completion.carrier(absent_A)(weight_GF)
+        carried_GF, more_F = carrier(weight_GF)
         return carried_GF, bias_F + more_F
 
     def gene_logits(self, counts: CountsCSR, value_M: Tensor, view: tuple[Tensor, Tensor]) -> Tensor:

@@ -13,7 +13,6 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from functools import cached_property
 from typing import Any
 
 import lightning.pytorch as lightning
@@ -227,17 +226,11 @@ class Objective(lightning.LightningModule):
         ]
         return torch.stack(gaps).mean() if gaps else z_NK.new_zeros(())
 
-    @cached_property
-    def _parameters_once(self) -> list[torch.nn.Parameter]:
-        """All parameters: to look for them in every step would cost a hundredth of it."""
-        return list(self.parameters())
-
     def _optimise(self, batch: Minibatch) -> dict[str, Tensor]:
         """One optimiser step; returns the terms of the loss."""
         optimizer: Any = self.optimizers(use_pl_optimizer=False)  # without Lightning's wrappers: hooks of nobody
         loss, parts, _ = self._loss(batch, self.thin, self.get_buffer("kl_weight"))
-        for parameter in self._parameters_once:
-            parameter.grad = None
+        optimizer.zero_grad()
         with small_products(loss):
             loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

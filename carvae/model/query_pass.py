@@ -27,6 +27,7 @@ from carvae.data.results import ResultsWriter, earlier_columns
 from carvae.model.about import about_cells, check_features
 from carvae.model.ahead import ahead
 from carvae.model.bundle import Bundle, libraries
+from carvae.model.card import calibrated
 from carvae.model.cell_clones import Asked, clones_of, late_columns
 from carvae.model.labeller import Labelled, Labeller, obsm_widths
 from carvae.model.late import Late, LateResults, Sorting, check_root
@@ -58,7 +59,7 @@ class Pass:
         self.sample = pd.Categorical(obs["sample"])
         self.labellers = [Labeller(source, bundle, config, label=label) for source in self.sources]
         self._say_genes()
-        if label and not (bundle.trust and bundle.trust.calibration):
+        if label and not calibrated(bundle):
             log.info("%s", UNCALIBRATED)
         trees = bundle.tree.axes if label and bundle.tree else ()
         self.states = {axis.name: axis.leaves for axis in trees}
