@@ -6,6 +6,7 @@ differs from the YAML. A key that is not here is refused with the nearest key th
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -372,7 +373,7 @@ def packaged(relative: str) -> Path:
 
 def label_file(name: str) -> Path:
     """Path of a label YAML given by packaged name (``tree``) or by path (``my/tree.yaml``)."""
-    path = Path(name)
+    path = Path(os.path.expanduser(name))
     if path.suffix in {".yaml", ".yml"}:
         if not path.exists():
             raise ConfigError(f"label file {name!r} does not exist; give a path to a YAML file or a packaged name")

@@ -5,13 +5,14 @@ The settings themselves stand in `carvae.config`.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from carvae.errors import ConfigError, join_problems, nearest
 
@@ -22,6 +23,12 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True, allow_inf_nan=False
     )
+
+    @field_validator("*")
+    @classmethod
+    def _from_home(cls, value: Any) -> Any:
+        """A path's ``~``, which no shell expands in YAML or behind ``key=``: a folder called ``~`` would be made."""
+        return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
 
 
 def noting_repeats(base: type[Any]) -> type[Any]:

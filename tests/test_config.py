@@ -219,3 +219,14 @@ def test_a_label_file_of_ones_own_is_taken_by_path(tmp_path: Path) -> None:
     path = tmp_path / "tree.yaml"
     path.write_text(textwrap.dedent("name: mine"), encoding="utf-8")
     assert label_file(str(path)) == path
+
+
+def test_a_tilde_in_a_path_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = Config.parse_overrides(["output=~/runs/one", "ingest.studies.a.path=~/a.h5ad", "respond.table=~/t.csv"])
+    assert config.output == tmp_path / "runs" / "one"
+    assert config.ingest.studies["a"].path == tmp_path / "a.h5ad"
+    assert config.respond.table == tmp_path / "t.csv"
+    assert Config.parse_overrides(["output=runs/a~b"]).output == Path("runs/a~b")
+    (tmp_path / "tree.yaml").touch()
+    assert label_file("~/tree.yaml") == tmp_path / "tree.yaml"
