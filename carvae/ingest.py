@@ -92,6 +92,12 @@ def _build(store: Path, fingerprint: str, config: Config) -> None:
     measured = _measured(parts, studies, universe)
     panel = choose_panel(drawn, batch, universe, measured, signatures.genes, config.ingest)
     log.info("panel: %d genes (%d variable, %d of signatures)", len(panel.genes), panel.n_variable, panel.n_signature)
+    if lost := sorted(set(config.ingest.identity_genes).difference(panel.genes)):
+        log.warning(
+            "ingest.identity_genes: no study measured %s, or ingest.exclude_genes leaves them out; no cell will look "
+            "strange for want of them",
+            ", ".join(lost),
+        )
     header = StoreHeader(fingerprint, panel.genes, studies, _receipt(parts, panel))
     with replacing_folder(store) as scratch:
         writer = StoreWriter(scratch, header, measured[:, np.isin(universe, panel.genes)])

@@ -255,6 +255,16 @@ def test_the_policy_keeps_genes_out_of_the_panel_and_signatures_bring_theirs_in(
     assert {"XIST", "MT-CO1", "TRBV20-1"} <= set(everything.header.genes)
 
 
+def test_identity_genes_that_no_study_has_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    adata = study(1, genes=[*GENES, "CD3E"])
+    run(config(tmp_path, {"one": adata}, {"identity_genes": ["CD3E", "XIST"]}, output=tmp_path / "a"))
+    (said,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert "no study measured XIST, or ingest.exclude_genes leaves them out" in said
+    caplog.clear()
+    run(config(tmp_path, {"one": adata}, {"identity_genes": ["CD3E"]}, output=tmp_path / "b"))
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
+
+
 def test_a_gene_of_too_few_studies_is_not_in_the_panel(tmp_path: Path) -> None:
     studies = {f"n{k}": study(k, genes=[*GENES, "GAPDH"] if k == 1 else GENES) for k in (1, 2, 3)}
     assert "GAPDH" not in GENES

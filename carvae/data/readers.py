@@ -244,7 +244,8 @@ def _finish(opened: Opened, whole: bool) -> CountsSource:
     """The source once its counts are found, its cells told apart, and what is worth saying is said."""
     name, cells = opened.name, opened.cells
     if not cells.n_cells or not any(candidate.genes for candidate in opened.candidates):
-        raise ReadError(f"{name} holds {'no genes' if cells.n_cells else 'no cells'}; give a file with both")
+        lacking = "genes" if cells.n_cells else "cells"
+        raise ReadError(f"{name} holds no {lacking}; give a file that has both cells and genes")
     usable = [candidate for candidate in opened.candidates if candidate.genes]
     if not whole and (found := promising(usable)) and each_has_its_own(cells):
         notes = (*found.notes, *_elsewhere(found, found.where, usable))
