@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value", help="changes of carvae's recipe")
     given = parser.parse_args()
     warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "scib_metrics"):
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
     tables = {name: run(name, given.data, tuple(given.seeds), tuple(given.set)) for name in given.datasets}
     passed = {}

@@ -50,6 +50,7 @@ def scores(z_NK: Embedding, batch_N: Strings, label_N: Strings, plain_NK: Embedd
     import scib_metrics
     from scib_metrics.nearest_neighbors import pynndescent
 
+    scib_metrics.settings.verbosity = logging.ERROR  # it sets its own when it is imported
     known_N = label_N != MISSING
     z_LK, batch_L, label_L = z_NK[known_N], batch_N[known_N], label_N[known_N]
     near_N = pynndescent(z_NK, N_NEIGHBORS)
@@ -109,7 +110,6 @@ def table_of(answers: Mapping[str, Sequence[Answer]], cells: Cells, batch: str, 
     ``knn`` is among the methods: its space is the plain principal components. ``over_corrected`` is true where a method
     mixes batches better than they do and conserves less. Empty with too few labelled cells for scib-metrics.
     """
-    logging.getLogger("scib_metrics").setLevel(logging.ERROR)
     spaces = {name: [Space.of(answer, cells) for answer in folds] for name, folds in answers.items()}
     plain_spaces = [space for space in spaces["knn"] if space is not None]
     if min(n_cells, *(space.rows_N.size for space in plain_spaces)) < MIN_CELLS:
