@@ -5,6 +5,7 @@ Axes: N cells, K latent.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,7 @@ def reference_scvi(task: Task) -> Any:
     """An SCVI on the training cells, labelled or not; kept in the task's folder for both its users."""
     import scvi
 
+    scvi.settings.verbosity = logging.ERROR  # else a coloured line per query stands in the log
     scvi.settings.seed = task.seed
     folder = task.folder / f"scvi-{task.stamp[:12]}"
     if folder.exists():
