@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from carvae.config import IngestConfig
 from carvae.data.gene_policy import POLICY_GROUPS
 from carvae.data.genes import excluded_by_policy
-from carvae.data.panel import Panel, choose_panel
+from carvae.data.panel import Panel, choose_panel, highly_variable
 from carvae.errors import GeneError
 
 POLICED = ["FMC63-CAR", "TRBV20-1", "TRAJ33", "MT-CO1", "RPL3", "XIST", "MKI67"]
@@ -135,3 +136,29 @@ def test_the_users_own_vector_features_stay_out_in_any_case() -> None:
     own = choose(transgenes=("gene005",))
     assert "GENE005" not in own.genes
     assert own.excluded["transgene"] == choose().excluded["transgene"] + 1
+
+
+@pytest.mark.parametrize(("n_cells", "depth"), [(12, 3000.0), (40, 3000.0), (150, 60.0), (600, 30.0)])
+def test_few_and_shallow_cells_have_variable_genes_too(n_cells: int, depth: float) -> None:
+    rng = np.random.default_rng(n_cells)
+    share_G = rng.lognormal(0, 2.5, 900)
+    expected = np.outer(rng.gamma(4, 1 / 4, n_cells), share_G / share_G.sum() * depth)
+    expected[: n_cells // 2, 5:10] += 4  # what varies beyond chance
+    counts = sp.csr_matrix(rng.poisson(expected).astype(np.float32))
+    chosen = highly_variable(ad.AnnData(counts), 100)
+    assert chosen.dtype == bool
+    assert chosen.sum() == 100
+    assert chosen[5:10].sum() >= 4
+
+
+def test_where_no_curve_is_found_genes_are_ranked_by_variance_over_mean(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def none_found(*_: Any, **__: Any) -> None:
+        raise ValueError("b'There are other near singularities as well. 0.01561'")
+
+    monkeypatch.setattr("scanpy.pp.highly_variable_genes", none_found)
+    counts = np.random.default_rng(0).poisson(3, (50, 40)).astype(np.float32)
+    counts[:25, 7:9] += 20
+    assert np.flatnonzero(highly_variable(ad.AnnData(sp.csr_matrix(counts)), 2)).tolist() == [7, 8]
+    assert "too few or too shallow for seurat_v3" in caplog.text

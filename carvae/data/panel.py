@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -15,8 +18,15 @@ from carvae.config import IngestConfig
 from carvae.data.genes import excluded_by_policy
 from carvae.errors import GeneError
 
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+log = logging.getLogger(__name__)
+
 MIN_GENES = 10
 """Fewer genes make no model."""
+SPANS = (0.3, 0.6, 1.0)
+"""Shares of the genes that seurat_v3's curve looks at, scanpy's own first; few or shallow cells need more."""
 MIN_CELLS_PER_BATCH = 50
 """Batches with fewer drawn cells are ranked with the largest: the loess fit of seurat_v3 needs points."""
 
@@ -91,7 +101,6 @@ def choose_panel(
 def _most_variable(counts: sp.csr_matrix, batch: NDArray[np.object_], n_top: int) -> NDArray[np.intp]:
     """Columns ranked first by scanpy's seurat_v3 within batches."""
     import anndata as ad
-    import scanpy as sc
 
     if counts.shape[1] <= n_top:
         return np.arange(counts.shape[1])
@@ -100,14 +109,25 @@ def _most_variable(counts: sp.csr_matrix, batch: NDArray[np.object_], n_top: int
     names = names.where(names.map(sizes) >= MIN_CELLS_PER_BATCH, sizes.index[0])
     obs = pd.DataFrame({"batch": names.astype("category").to_numpy()}, index=names.index.astype(str))
     drawn = ad.AnnData(counts.astype(np.float32), obs=obs)
-    batch_key = "batch" if names.nunique() > 1 else None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # scanpy warns about its own use of pandas
-        table = sc.pp.highly_variable_genes(
-            drawn,
-            flavor="seurat_v3",
-            n_top_genes=n_top,
-            batch_key=batch_key,
-            inplace=False,
-        )
-    return np.flatnonzero(table["highly_variable"].to_numpy(dtype=bool))
+    return np.flatnonzero(highly_variable(drawn, n_top, "batch" if names.nunique() > 1 else None))
+
+
+def highly_variable(adata: AnnData, n_top: int, batch_key: str | None = None) -> NDArray[np.bool_]:
+    """Genes that vary most by scanpy's ``seurat_v3`` on raw counts, or by variance over mean where it fails."""
+    import scanpy as sc
+
+    for span in SPANS:
+        with warnings.catch_warnings(), suppress(ValueError):  # of loess
+            warnings.simplefilter("ignore")  # scanpy warns about its own use of pandas
+            table = sc.pp.highly_variable_genes(
+                adata, flavor="seurat_v3", n_top_genes=n_top, batch_key=batch_key, span=span, inplace=False
+            )
+            return np.asarray(table["highly_variable"], dtype=bool)
+    log.warning(
+        "the cells are too few or too shallow for seurat_v3: genes are ranked by their variance over their mean"
+    )
+    counts = adata.X.tocsc().astype(np.float64)
+    mean_G = np.asarray(counts.mean(axis=0)).ravel()
+    variance_G = np.asarray(counts.multiply(counts).mean(axis=0)).ravel() - mean_G**2
+    chosen = np.argsort(-variance_G / np.maximum(mean_G, 1e-12), kind="stable")[:n_top]
+    return np.isin(np.arange(adata.n_vars), chosen)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import scanpy as sc
 import torch
 from numpy.typing import NDArray
 from scipy import sparse
@@ -23,6 +22,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.neighbors import KNeighborsClassifier
 
+from carvae.data.panel import highly_variable
 from carvae.errors import EvaluateError
 from carvae.evaluation.cells import MISSING, WHOLE, Point, Rows
 from carvae.evaluation.task import Fitted, Floats, Said, Settings, Task, unsure
@@ -54,9 +54,9 @@ def variable_genes(adata: AnnData, n_genes: int = N_GENES) -> NDArray[np.bool_]:
     if adata.n_vars <= n_genes:
         return np.ones(adata.n_vars, np.bool_)
     n_threads = torch.get_num_threads()
-    table = sc.pp.highly_variable_genes(adata, flavor="seurat_v3", n_top_genes=n_genes, inplace=False)
+    chosen = highly_variable(adata, n_genes)
     torch.set_num_threads(n_threads)  # numba's parallel kernels reset OpenMP for the whole process
-    return np.asarray(table["highly_variable"], dtype=bool)
+    return chosen
 
 
 @dataclass(frozen=True, slots=True)
