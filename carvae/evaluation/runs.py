@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -113,9 +114,18 @@ _HERE: list[Plan] = []
 
 
 def _start(plan: Plan) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     log.setLevel(logging.INFO)
     _HERE.append(plan)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would go on with its fold, and then wait for ever for the next one."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)  # answers are whole or not there, whenever a worker ends
 
 
 def _work_here(fold: int, seed: int) -> None:
