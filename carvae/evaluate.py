@@ -23,7 +23,7 @@ from carvae.evaluation.baselines import NO_CELLTYPIST
 from carvae.evaluation.card import write_card
 from carvae.evaluation.cells import Cells
 from carvae.evaluation.confounding import Identifiability, identifiability
-from carvae.evaluation.folds import Fold, folds_of
+from carvae.evaluation.folds import Fold, folds_of, untaught
 from carvae.evaluation.integration import table_of as integration_table
 from carvae.evaluation.results import OWN, label_figures, novelty_figures, table_of
 
@@ -173,7 +173,13 @@ def _figures(design: str, folds: Sequence[Fold], plan: runs.Plan, allowed: Ident
     names = {"folds": [fold.name for fold in folds]}
     if design == "state":
         return names | novelty_figures(answers, cells, folds, config.seed)
-    found = names | label_figures(answers, cells, allowed, config)
+    found = names | label_figures(answers, cells, allowed, config) | {"untaught": untaught(cells, folds)}
+    if found["untaught"]:
+        log.warning(
+            "design %s: no training cell has the state of some asked cells, which count as wrong: %s",
+            design,
+            ", ".join(f"{state} ({n:,})" for state, n in found["untaught"].items()),
+        )
     if n := config.evaluate.integration_cells:
         first = {name: next(iter(seeds.values())) for name, seeds in answers.items()}
         batch = "study" if cells.obs["study"].nunique() > 1 else "patient"

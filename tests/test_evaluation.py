@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import threading
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from carvae.evaluation.answers import Answer, answer, key_of, load, points_of, s
 from carvae.evaluation.baselines import GeneScaler, gene_logistic, majority, pca_knn
 from carvae.evaluation.cells import WHOLE, Cells, Point, Source, thinned
 from carvae.evaluation.confounding import identifiability, nesting
-from carvae.evaluation.folds import Fold, checked, folds_of
+from carvae.evaluation.folds import Fold, checked, folds_of, untaught
 from carvae.evaluation.results import label_figures
 from carvae.evaluation.scores import (
     FIGURES,
@@ -414,3 +417,35 @@ def test_a_killed_run_goes_on_with_what_is_missing(tmp_path: Path, monkeypatch: 
 def test_processes_are_fewer_where_memory_does_not_suffice() -> None:
     assert runs.processes_for(3, int(1e15)) == 1
     assert runs.processes_for(1, 0) == 1
+
+
+def test_states_that_a_fold_was_never_taught_are_counted() -> None:
+    cells = cells_of([0, 1, 0, 1, 0, 2, 2, -1], ["P1"] * 4 + ["P2"] * 4, ["s"] * 4 + ["t"] * 4)
+    rows = np.arange(8)
+    folds = [Fold("study", "t", rows[:4], rows[4:]), Fold("study", "s", rows[4:], rows[:4])]
+    assert untaught(cells, folds) == {"B": 2, "C": 2}
+    assert untaught(cells, [Fold("study", "t", rows[:4], rows[4:5])]) == {}
+
+
+def _worker(pipe: Connection) -> None:
+    runs._start(None)  # type: ignore[arg-type]
+    pipe.send("at work")
+    threading.Event().wait()
+
+
+def _parent(pipe: Connection) -> None:
+    multiprocessing.get_context("fork").Process(target=_worker, args=(pipe,)).start()
+    pipe.close()
+    threading.Event().wait()
+
+
+def test_workers_end_when_their_parent_is_killed() -> None:
+    mine, theirs = multiprocessing.Pipe()
+    parent = multiprocessing.get_context("fork").Process(target=_parent, args=(theirs,))
+    parent.start()
+    theirs.close()
+    assert mine.recv() == "at work"
+    parent.kill()
+    assert mine.poll(60)
+    with pytest.raises(EOFError):  # the worker held the other end
+        mine.recv()

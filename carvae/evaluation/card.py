@@ -172,10 +172,16 @@ def _novelty(found: dict[str, Any]) -> list[str]:
 
 
 def _failures(metrics: dict[str, Any]) -> list[str]:
-    found = [SAME_STUDIES, f"{LICENCES} see the table of the data."]
+    same = [SAME_STUDIES] * bool({"patient", "state"} & set(metrics["designs"]))  # in the others whole studies are new
+    found = [*same, f"{LICENCES} see the table of the data."]
     if refused := metrics["identifiability"]["not_identifiable"]:
         found.append(f"No figure is given for {', '.join(refused)}: they cannot be told from batches here.")
     for design, values in metrics["designs"].items():
+        if lacking := values.get("untaught"):
+            told = ", ".join(f"{state} ({n:,} cells)" for state, n in lacking.items())
+            found.append(
+                f"With {NAMES[design]}, these were asked where no training cell has them, and count as wrong: {told}."
+            )
         if OWN in values["methods"]:
             own = values["methods"][OWN]
             found += _blind(own) if design == "state" else _weak(NAMES[design], own, values["differences"])
@@ -227,12 +233,12 @@ def _tripod(metrics: dict[str, Any]) -> list[str]:
         "intervals are over patients",
         "11 missing data": "missing genes are masked, unlabelled cells train the space and are not scored",
         "12 analysis": f"designs: {designs}; methods: {', '.join(metrics['methods'])}; no patient on both sides",
-        "12e performance": "macro-F1, accuracy, calibration error, sets, selective accuracy",
+        "12e performance": f"macro-F1, accuracy, calibration error, {'sets, ' * learned}selective accuracy",
         "13 class imbalance": f"loss weighs classes by count^-{settings['train']['class_balance']:g}; {calibrated}",
         "14 fairness": "scores by study and by patient; ancestry, sex and age were not available",
-        "15 output": "probability per state, a set of states, or unknown",
+        "15 output": f"probability per state, {'a set of states, ' * learned}or unknown",
         "18 open science": "metrics.json and table.csv hold every figure and setting; licences stand in Data",
-        "23 performance": "see Labels and New states",
+        "23 performance": "see the tables of figures above",
         "26 limitations": "see Limits",
         "27 use": "raw counts and most of the genes are needed; no further skill than that of the analysis of cells",
     }

@@ -156,8 +156,9 @@ def _sweeps(found: dict[str, Any]) -> Figure | None:
         panels[1, column].set_xlabel(SWEEP_NAMES[kind])
         if kind == "umi":
             panels[1, column].set_xlim(left=0)
-    panels[0, 0].set_ylabel("macro-F1")
-    panels[1, 0].set_ylabel("calibration error")
+    for panel, what in zip(panels[:, 0], ("macro-F1", "calibration error"), strict=True):
+        panel.set_ylabel(what)
+        panel.set_ylim(bottom=0)
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize="small")
     return figure
@@ -184,8 +185,7 @@ def _integration(found: dict[str, Any]) -> Figure | None:
         colour, mark = looks[row["method"]]
         name = f"{row['method']} (PCA)" if row["method"] == "knn" else row["method"]
         ax.plot(row["batch"], row["conserved"], mark, color=colour, markersize=9, label=name)
-    ax.margins(0.15)
-    ax.locator_params(nbins=5)
+    ax.set(xlim=(0, 1), ylim=(0, 1.02))  # else small differences look great
     ax.set(xlabel="mixing of batches (scib-metrics)", ylabel="conserved: macro-F1 of a held-out vote")
     ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure

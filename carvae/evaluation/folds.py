@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,6 +59,15 @@ def checked(fold: Fold, cells: Cells) -> Fold:
     if fold.state is not None and (cells.truth_N[fold.train] == cells.leaves.index(fold.state)).any():
         raise EvaluateError(f"fold {fold.name!r} learns from cells of the state that it holds out; nothing was scored")
     return fold
+
+
+def untaught(cells: Cells, folds: Sequence[Fold]) -> dict[str, int]:
+    """State -> its cells that are asked where no training cell has it: no method can name them; they count as wrong."""
+    n_S = np.zeros(len(cells.leaves), np.int64)
+    for fold in folds:
+        asked, taught = cells.truth_N[fold.query], np.unique(cells.truth_N[fold.train])
+        n_S += np.bincount(asked[(asked >= 0) & ~np.isin(asked, taught)], minlength=n_S.size)
+    return {leaf: int(n) for leaf, n in zip(cells.leaves, n_S, strict=True) if n}
 
 
 def folds_of(design: str, cells: Cells, config: EvaluateConfig) -> list[Fold]:
