@@ -192,7 +192,10 @@ def _of_training(
     findings = [
         Finding("device", f"{device}, {free / GIGABYTE:.1f} GB free"),
         Finding("memory", f"counts take at most {counts / GIGABYTE:.2f} GB where they are resident (train.data)"),
-        Finding("training", f"at most {epochs} epochs of {batches:,} minibatches{more}"),
+        Finding(
+            "training",
+            f"about {epochs} epochs of {batches:,} minibatches{more} (more and shorter ones where cells are held out)",
+        ),
     ]
     if pace is None:
         return facts, [*findings, Finding("time", f"not foretold, {why}; progress tells it")]

@@ -31,6 +31,7 @@ from carvae.invocation import (
     Quiet,
     ReportPage,
     Seed,
+    at_home,
     only,
     rows_of,
     start,
@@ -377,6 +378,7 @@ for verb in (verbs.export, verbs.reproduce, verbs.doctor):
 
 def main() -> None:
     """Run the command line; a CarvaeError becomes one sentence and exit code 1."""
+    sys.argv[1:] = [at_home(argument) for argument in sys.argv[1:]]
     try:
         with inputs_kept():
             app(prog_name="carvae")
@@ -394,7 +396,3 @@ def main() -> None:
 def _fail(message: str) -> None:
     print(f"carvae: {message}", file=sys.stderr)
     raise SystemExit(1)
-
-
-if __name__ == "__main__":
-    main()

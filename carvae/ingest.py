@@ -33,6 +33,8 @@ from carvae.model.cohort import LABEL, SCORE, SOURCE
 
 log = logging.getLogger(__name__)
 
+POOR_OVERLAP = 0.6
+"""A study that measures less of the panel is named."""
 DRAFTED = 64
 """Cells of every file at least in a store to try training with."""
 
@@ -92,18 +94,32 @@ def _build(store: Path, fingerprint: str, config: Config) -> None:
     measured = _measured(parts, studies, universe)
     panel = choose_panel(drawn, batch, universe, measured, signatures.genes, config.ingest)
     log.info("panel: %d genes (%d variable, %d of signatures)", len(panel.genes), panel.n_variable, panel.n_signature)
-    if lost := sorted(set(config.ingest.identity_genes).difference(panel.genes)):
-        log.warning(
-            "ingest.identity_genes: no study measured %s, or ingest.exclude_genes leaves them out; no cell will look "
-            "strange for want of them",
-            ", ".join(lost),
-        )
+    _warn_of_genes(panel, measured[:, np.isin(universe, panel.genes)], config.ingest)
     header = StoreHeader(fingerprint, panel.genes, studies, _receipt(parts, panel))
     with replacing_folder(store) as scratch:
         writer = StoreWriter(scratch, header, measured[:, np.isin(universe, panel.genes)])
         for part in parts:
             _write_part(writer, part, panel, signatures if config.labels.weak else None, config.ingest.chunk_size)
         writer.close()
+
+
+def _warn_of_genes(panel: Panel, measured: NDArray[np.bool_], config: IngestConfig) -> None:
+    """Say which identity genes are not in the panel, and which studies (rows of ``measured``) lack much of it."""
+    if lost := sorted(set(config.identity_genes).difference(panel.genes)):
+        log.warning(
+            "ingest.identity_genes: %s not in the panel; give HGNC symbols of genes that a study measured and "
+            "ingest.exclude_genes leaves in, else no cell looks strange for want of them",
+            f"{', '.join(lost)} {'is' if len(lost) == 1 else 'are'}",
+        )
+    share = measured.mean(axis=1)
+    if poor := [f"{name} {own:.0%}" for name, own in zip(config.studies, share, strict=True) if own < POOR_OVERLAP]:
+        log.warning(
+            "of the %d genes of the panel %d are measured by all studies (%s): what a study lacks is expected from "
+            "others; check that all files name genes alike, or raise ingest.min_study_share",
+            len(panel.genes),
+            int(measured.all(axis=0).sum()),
+            ", ".join(poor),
+        )
 
 
 def draft(parts: Sequence[Part], config: Config, n_cells: int, store: Path) -> NDArray[np.int64]:

@@ -71,6 +71,12 @@ NAMES = ("study", "timepoint", "tissue", "product", "state", "gene", "model")
 """Columns of tables that are words, also where they look like numbers."""
 
 
+def at_home(argument: str) -> str:
+    """An argument ``--name=~/place`` with the home folder in it: no shell expands it there, and ``~`` would be made."""
+    name, sign, place = argument.partition("=")
+    return f"{name}={os.path.expanduser(place)}" if sign and name.startswith("--") else argument
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """What a verb is to do with a query."""

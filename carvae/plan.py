@@ -343,9 +343,9 @@ def limits(cells: Query, whole: Whole, size: int, depth: float) -> list[str]:
     shallower = [f"{cells.samples[b]} ({depth_B[b]:,.0f})" for b in judged if depth_B[b] < depth]
     notes = []
     if fewer:
-        notes.append(f"fewer cells than that, so all were taken and only the depth was tried: {_some(fewer)}")
+        notes.append(f"fewer than {size:,} cells, so all were taken and only the depth was tried: {_some(fewer)}")
     if shallower:
-        notes.append(f"fewer UMIs per cell than that, so the depth was left as it is: {_some(shallower)}")
+        notes.append(f"fewer than {depth:,.0f} UMIs per cell, so the depth was left as it is: {_some(shallower)}")
     return notes
 
 

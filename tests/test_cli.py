@@ -13,6 +13,7 @@ import pytest
 from trained import Answer, World, carvae, settings, sha256, write_config
 
 import carvae as library
+from carvae.invocation import at_home
 
 HEAVY = ("torch", "lightning", "scvi", "wandb", "scanpy", "anndata", "umap", "numba", "sklearn", "matplotlib")
 VERBS = ("ingest", "train", "embed", "annotate", "plan", "map", "explain", "respond", "check", "demo")
@@ -193,3 +194,10 @@ def test_an_error_of_the_file_system_is_one_sentence(world: World, tmp_path: Pat
     assert answer.code == 1
     assert answer.err.count("\n") == 1
     assert str(tmp_path / "file") in answer.err
+
+
+def test_a_tilde_behind_an_option_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    assert at_home("--out=~/runs/a.csv") == "--out=/home/ann/runs/a.csv"
+    assert [at_home(other) for other in ("~a", "--out=a~b", "--dry-run")] == ["~a", "--out=a~b", "--dry-run"]
+    assert at_home("train.lr=1e-3") == "train.lr=1e-3"

@@ -255,11 +255,19 @@ def test_the_policy_keeps_genes_out_of_the_panel_and_signatures_bring_theirs_in(
     assert {"XIST", "MT-CO1", "TRBV20-1"} <= set(everything.header.genes)
 
 
+def test_studies_that_share_few_genes_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    halves = {"one": study(1, genes=GENES[:40]), "two": study(2, genes=GENES[30:])}
+    run(config(tmp_path, halves, {"identity_genes": []}, output=tmp_path / "a"))
+    (said,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert re.search(r"of the \d+ genes of the panel 10 are measured by all studies \(.*two 5\d%\)", said)
+    assert "raise ingest.min_study_share" in said
+
+
 def test_identity_genes_that_no_study_has_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     adata = study(1, genes=[*GENES, "CD3E"])
     run(config(tmp_path, {"one": adata}, {"identity_genes": ["CD3E", "XIST"]}, output=tmp_path / "a"))
     (said,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert "no study measured XIST, or ingest.exclude_genes leaves them out" in said
+    assert "ingest.identity_genes: XIST is not in the panel" in said
     caplog.clear()
     run(config(tmp_path, {"one": adata}, {"identity_genes": ["CD3E"]}, output=tmp_path / "b"))
     assert not [r for r in caplog.records if r.levelname == "WARNING"]

@@ -146,10 +146,10 @@ def test_a_design_is_told_by_numbers_that_can_be_ordered() -> None:
         "the compositions of all 3 judged samples within 0.1 in 90% of draws: 200 cells per sample at 50 UMIs" in said
     )
     assert limits(cells, whole, 200, 50.0) == [
-        "fewer cells than that, so all were taken and only the depth was tried: c (60)"
+        "fewer than 200 cells, so all were taken and only the depth was tried: c (60)"
     ]
     deep = limits(cells, whole, 800, 1e4)
-    assert "fewer UMIs per cell than that, so the depth was left as it is: a (" in deep[1]
+    assert "fewer than 10,000 UMIs per cell, so the depth was left as it is: a (" in deep[1]
     assert "d" not in [name.split()[0] for name in deep[1].split(": ")[1].split(", ")]
     assert "no design smaller than all the data at hand keeps" in sentence(table, table.index[-1], config, 3)
 

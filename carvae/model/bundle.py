@@ -259,7 +259,7 @@ def load(path: Path | str, device: str = "auto") -> Bundle:
     BundleError
         The folder is no bundle, is incomplete, was changed, or was written by a newer carvae.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     for _ in range(TRIES):
         before = stamps(path)
         try:
