@@ -7,7 +7,10 @@ from the training patients, cells and labels, and a network is trained without i
 that state stranger than their other labelled cells? (AUROC, the mean over groups weighs them by cells.) Simple scores
 of peers are computed on the same training cells. The panel of genes is chosen once, over all cells without labels.
 A network with all states then meets B cells, monocytes, NK and T cells of another laboratory; its threshold is learned
-on the other groups' held-out patients. Figures of each fit are kept in ``DIR``; a second call computes what is absent.
+on the other groups' held-out patients. The peers of `carvae evaluate` (``--peers`` names them) meet the same B cells,
+monocytes and NK cells, over the genes that both files have, each with its usual score: one minus the greatest
+probability, of kNN the distance of neighbours. Figures of each fit are kept in ``DIR``; a second call computes what is
+absent.
 The last line is one line of JSON. Axes: N cells, T scores, G genes.
 """
 
@@ -37,11 +40,16 @@ from carvae.data.genes import GeneTable, align
 from carvae.data.split import PatientSplit, patient_folds
 from carvae.data.store import CellStore
 from carvae.evaluation.baselines import logistic
+from carvae.evaluation.cells import WHOLE, Cells
+from carvae.evaluation.folds import Fold, checked
+from carvae.evaluation.runs import ALL
+from carvae.evaluation.task import Task
 from carvae.ingest import run as ingest
 from carvae.model.bundle import leaf_parts
 from carvae.model.cohort import LABEL, Cohort, labels_of
 from carvae.model.network import Network
 from carvae.model.novelty import VIEWS, observe, views
+from carvae.model.trainer import quiet_lightning
 from carvae.model.trust import Trust
 from carvae.model.witness import Witness, learn, reference_of, witness
 from carvae.train import fit
@@ -49,6 +57,7 @@ from carvae.train import fit
 MIN_CELLS = 5
 """Held-out cells of a state that a group needs for it to be tried there."""
 PEERS = ("logreg_maxprob", "logreg_entropy", "pca_knn_distance")
+METHODS = ("logistic", "knn", "celltypist", "scanvi")
 T_STATES = ("CD4", "CD8", "Treg")
 
 
@@ -59,6 +68,7 @@ class Settings:
     config: Config
     foreign: Path
     out: Path
+    peers: tuple[str, ...]
 
 
 def author_labels(cohort: Cohort) -> NDArray[np.str_]:
@@ -177,6 +187,41 @@ def foreign(
     }
 
 
+def with_foreign(settings: Settings) -> Cells:
+    """The cells of the config and the foreign ones, of which no label is read."""
+    plain = settings.config.model_dump(mode="json")
+    plain["ingest"]["studies"]["foreign"] = {
+        "path": str(settings.foreign),
+        "obs": {"sample": "batch", "patient": "patient"},
+    }
+    return Cells.read(Config.parse(plain))
+
+
+def peers_on_foreign(cells: Cells, held_out: set[str], group: int, settings: Settings) -> dict[str, float]:
+    """Peer -> AUROC of foreign cells that are no T cells against labelled cells of the patients held out."""
+    kind = ad.read_h5ad(settings.foreign, backed="r").obs["cell_type"].astype(str).to_numpy(dtype=str)
+    is_foreign = (cells.obs["study"] == "foreign").to_numpy(dtype=bool)
+    assert kind.size == is_foreign.sum()  # a cell left out would shift the kinds
+    kinds = np.full(is_foreign.size, "Unlabelled", dtype=object)
+    kinds[is_foreign] = kind
+    is_strange = is_foreign & (kinds != "Unlabelled") & [not str(name).startswith(T_STATES) for name in kinds]
+    is_held_out = np.isin(cells.patient_N.astype(str), list(held_out))
+    asked = np.flatnonzero(is_strange | (is_held_out & (cells.truth_N >= 0)))
+    fold = Fold("foreign", str(group), np.flatnonzero(~is_foreign & ~is_held_out), asked)
+    folder = settings.out / f"foreign{group}"
+    task = Task(cells, checked(fold, cells), settings.config, settings.config.seed, folder, cells.fingerprint)
+    found = {}
+    for name in settings.peers:
+        place = folder / f"{name}.npy"
+        if not place.exists():
+            folder.mkdir(exist_ok=True)
+            with quiet_lightning():
+                np.save(place, ALL[name](task).says(asked, WHOLE).novelty_N)
+        novelty_N = np.load(place)
+        found[name] = round(auroc(novelty_N[~is_strange[asked]], novelty_N[is_strange[asked]]), 3)
+    return found
+
+
 def run(settings: Settings) -> dict[str, Any]:
     """All fits, then the figures."""
     settings.out.mkdir(parents=True, exist_ok=True)
@@ -199,31 +244,39 @@ def run(settings: Settings) -> dict[str, Any]:
                 state_held_out(cohort, fold, str(state), settings, path)
             tables.append(pd.read_csv(path).assign(state=state, group=g))
     scores = aurocs(tables, trust)
-    genes = cohort.store.header.genes
+    genes, patient_N = cohort.store.header.genes, cohort.obs["patient"].astype(str)
+    both = with_foreign(settings) if settings.peers else None
     return {
         "states": scores,
         "mean": {name: round(float(np.mean(list(states.values()))), 3) for name, states in scores.items()},
         "foreign": [
             foreign(network, known, w, settings, genes) for known, (network, w) in zip(trust, seen, strict=True)
         ],
+        "foreign_auroc_of_peers": []
+        if both is None
+        else [
+            peers_on_foreign(both, set(patient_N.iloc[fold.validation]), g, settings) for g, fold in enumerate(folds)
+        ],
     }
 
 
-def settings_of(doc: str | None, name: str) -> Settings:
+def settings_of(doc: str | None, name: str, peers: tuple[str, ...] = ()) -> Settings:
     """What the command line asks of a bench on CARPALL and foreign cells."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--foreign", type=Path, required=True)
     parser.add_argument("--config", type=Path, default=Path("configs/carpall.yaml"))
     parser.add_argument("--out", type=Path, default=Path("runs") / name)
+    if peers:
+        parser.add_argument("--peers", nargs="*", choices=peers, default=peers)
     given = parser.parse_args()
     overrides = [f"output={given.out / 'model'}", f"ingest.studies.carpall.path={given.data}", "train.wandb=disabled"]
-    return Settings(Config.read(given.config, overrides), given.foreign, given.out)
+    return Settings(Config.read(given.config, overrides), given.foreign, given.out, tuple(given.peers) if peers else ())
 
 
 def main() -> None:
     """Parse the command line, run, and end with one line of JSON."""
-    result = run(settings_of(__doc__, "bench_novelty"))
+    result = run(settings_of(__doc__, "bench_novelty", METHODS))
     print(pd.DataFrame(result["states"]).T.assign(mean=pd.Series(result["mean"])).to_string())
     print(json.dumps(result))
 
