@@ -32,6 +32,7 @@ from carvae.invocation import (
     ReportPage,
     Seed,
     at_home,
+    fail,
     only,
     rows_of,
     start,
@@ -383,16 +384,15 @@ def main() -> None:
         with inputs_kept():
             app(prog_name="carvae")
     except CarvaeError as error:
-        _fail(str(error))
+        fail(str(error))
     except OSError as error:
         said = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
-        _fail(f"{said}{REMEDY.get(error.errno or 0, '')}")
+        fail(f"{said}{REMEDY.get(error.errno or 0, '')}")
     except (MemoryError, RuntimeError) as error:
         if not too_little_memory(error):
             raise
-        _fail(f"there is not enough memory{wanted(error)}; {MORE_MEMORY}")
+        fail(f"there is not enough memory{wanted(error)}; {MORE_MEMORY}")
 
 
-def _fail(message: str) -> None:
-    print(f"carvae: {message}", file=sys.stderr)
-    raise SystemExit(1)
+if __name__ == "__main__":
+    main()

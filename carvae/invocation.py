@@ -77,6 +77,12 @@ def at_home(argument: str) -> str:
     return f"{name}={os.path.expanduser(place)}" if sign and name.startswith("--") else argument
 
 
+def fail(message: str) -> None:
+    """End the command line with a sentence and exit code 1."""
+    print(f"carvae: {message}", file=sys.stderr)
+    raise SystemExit(1)
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """What a verb is to do with a query."""

@@ -13,6 +13,7 @@ import pytest
 from trained import Answer, World, carvae, settings, sha256, write_config
 
 import carvae as library
+from carvae.errors import CarvaeError
 from carvae.invocation import at_home
 
 HEAVY = ("torch", "lightning", "scvi", "wandb", "scanpy", "anndata", "umap", "numba", "sklearn", "matplotlib")
@@ -201,3 +202,16 @@ def test_a_tilde_behind_an_option_is_the_home_folder(monkeypatch: pytest.MonkeyP
     assert at_home("--out=~/runs/a.csv") == "--out=/home/ann/runs/a.csv"
     assert [at_home(other) for other in ("~a", "--out=a~b", "--dry-run")] == ["~a", "--out=a~b", "--dry-run"]
     assert at_home("train.lr=1e-3") == "train.lr=1e-3"
+
+
+@pytest.mark.parametrize("module", ["carvae", "carvae.cli"])
+def test_both_modules_are_the_command(module: str, tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, "-m", module, "--version"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{library.__version__}\n"
+
+
+def test_a_home_of_nobody_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(CarvaeError, match="nobody-here"):
+        library.load("~nobody-here/model")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -259,7 +260,7 @@ def load(path: Path | str, device: str = "auto") -> Bundle:
     BundleError
         The folder is no bundle, is incomplete, was changed, or was written by a newer carvae.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))  # which leaves a user that is not there to be told of
     for _ in range(TRIES):
         before = stamps(path)
         try:
