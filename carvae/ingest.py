@@ -94,10 +94,11 @@ def _build(store: Path, fingerprint: str, config: Config) -> None:
     measured = _measured(parts, studies, universe)
     panel = choose_panel(drawn, batch, universe, measured, signatures.genes, config.ingest)
     log.info("panel: %d genes (%d variable, %d of signatures)", len(panel.genes), panel.n_variable, panel.n_signature)
-    _warn_of_genes(panel, measured[:, np.isin(universe, panel.genes)], config.ingest)
+    measured = measured[:, np.isin(universe, panel.genes)]
+    _warn_of_genes(panel, measured, config.ingest)
     header = StoreHeader(fingerprint, panel.genes, studies, _receipt(parts, panel))
     with replacing_folder(store) as scratch:
-        writer = StoreWriter(scratch, header, measured[:, np.isin(universe, panel.genes)])
+        writer = StoreWriter(scratch, header, measured)
         for part in parts:
             _write_part(writer, part, panel, signatures if config.labels.weak else None, config.ingest.chunk_size)
         writer.close()

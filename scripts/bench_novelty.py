@@ -187,24 +187,28 @@ def foreign(
     }
 
 
-def with_foreign(settings: Settings) -> Cells:
-    """The cells of the config and the foreign ones, of which no label is read."""
+def with_foreign(settings: Settings) -> tuple[Cells, NDArray[np.bool_]]:
+    """The cells of the config and the foreign ones, of which no label is read; and which are no T cells."""
     plain = settings.config.model_dump(mode="json")
     plain["ingest"]["studies"]["foreign"] = {
         "path": str(settings.foreign),
         "obs": {"sample": "batch", "patient": "patient"},
     }
-    return Cells.read(Config.parse(plain))
-
-
-def peers_on_foreign(cells: Cells, held_out: set[str], group: int, settings: Settings) -> dict[str, float]:
-    """Peer -> AUROC of foreign cells that are no T cells against labelled cells of the patients held out."""
-    kind = ad.read_h5ad(settings.foreign, backed="r").obs["cell_type"].astype(str).to_numpy(dtype=str)
+    cells = Cells.read(Config.parse(plain))
+    kind = ad.read_h5ad(settings.foreign, backed="r").obs["cell_type"].astype(str)
+    is_strange = np.zeros(len(cells.obs), np.bool_)
     is_foreign = (cells.obs["study"] == "foreign").to_numpy(dtype=bool)
-    assert kind.size == is_foreign.sum()  # a cell left out would shift the kinds
-    kinds = np.full(is_foreign.size, "Unlabelled", dtype=object)
-    kinds[is_foreign] = kind
-    is_strange = is_foreign & (kinds != "Unlabelled") & [not str(name).startswith(T_STATES) for name in kinds]
+    is_strange[is_foreign] = ~kind.str.startswith(
+        (*T_STATES, "Unlabelled")
+    ).to_numpy()  # fails where a cell is left out
+    return cells, is_strange
+
+
+def peers_on_foreign(
+    cells: Cells, is_strange: NDArray[np.bool_], held_out: set[str], group: int, settings: Settings
+) -> dict[str, float]:
+    """Peer -> AUROC of foreign cells that are no T cells against labelled cells of the patients held out."""
+    is_foreign = (cells.obs["study"] == "foreign").to_numpy(dtype=bool)
     is_held_out = np.isin(cells.patient_N.astype(str), list(held_out))
     asked = np.flatnonzero(is_strange | (is_held_out & (cells.truth_N >= 0)))
     fold = Fold("foreign", str(group), np.flatnonzero(~is_foreign & ~is_held_out), asked)
@@ -245,18 +249,18 @@ def run(settings: Settings) -> dict[str, Any]:
             tables.append(pd.read_csv(path).assign(state=state, group=g))
     scores = aurocs(tables, trust)
     genes, patient_N = cohort.store.header.genes, cohort.obs["patient"].astype(str)
-    both = with_foreign(settings) if settings.peers else None
+    peers = []
+    if settings.peers:
+        both = with_foreign(settings)
+        held_out = [set(patient_N.iloc[fold.validation]) for fold in folds]
+        peers = [peers_on_foreign(*both, patients, g, settings) for g, patients in enumerate(held_out)]
     return {
         "states": scores,
         "mean": {name: round(float(np.mean(list(states.values()))), 3) for name, states in scores.items()},
         "foreign": [
             foreign(network, known, w, settings, genes) for known, (network, w) in zip(trust, seen, strict=True)
         ],
-        "foreign_auroc_of_peers": []
-        if both is None
-        else [
-            peers_on_foreign(both, set(patient_N.iloc[fold.validation]), g, settings) for g, fold in enumerate(folds)
-        ],
+        "foreign_auroc_of_peers": peers,
     }
 
 

@@ -115,6 +115,7 @@ def _most_variable(counts: sp.csr_matrix, batch: NDArray[np.object_], n_top: int
 def highly_variable(adata: AnnData, n_top: int, batch_key: str | None = None) -> NDArray[np.bool_]:
     """Genes that vary most by scanpy's ``seurat_v3`` on raw counts, or by variance over mean where it fails."""
     import scanpy as sc
+    from sklearn.utils.sparsefuncs import mean_variance_axis
 
     for span in SPANS:
         with warnings.catch_warnings(), suppress(ValueError):  # of loess
@@ -126,8 +127,6 @@ def highly_variable(adata: AnnData, n_top: int, batch_key: str | None = None) ->
     log.warning(
         "the cells are too few or too shallow for seurat_v3: genes are ranked by their variance over their mean"
     )
-    counts = adata.X.tocsc().astype(np.float64)
-    mean_G = np.asarray(counts.mean(axis=0)).ravel()
-    variance_G = np.asarray(counts.multiply(counts).mean(axis=0)).ravel() - mean_G**2
+    mean_G, variance_G = mean_variance_axis(adata.X.astype(np.float64), axis=0)
     chosen = np.argsort(-variance_G / np.maximum(mean_G, 1e-12), kind="stable")[:n_top]
     return np.isin(np.arange(adata.n_vars), chosen)

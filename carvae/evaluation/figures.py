@@ -185,8 +185,8 @@ def _integration(found: dict[str, Any]) -> Figure | None:
         colour, mark = looks[row["method"]]
         name = f"{row['method']} (PCA)" if row["method"] == "knn" else row["method"]
         ax.plot(row["batch"], row["conserved"], mark, color=colour, markersize=9, label=name)
-    ax.set(xlim=(0, 1), ylim=(0, 1.02))  # else small differences look great
     ax.set(xlabel="mixing of batches (scib-metrics)", ylabel="conserved: macro-F1 of a held-out vote")
+    ax.axis((0, 1, 0, 1.02))  # else small differences look great
     ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
 

@@ -158,7 +158,7 @@ def _work(plan: Plan, fold: int, seed: int) -> None:
 @contextmanager
 def _hushed() -> Iterator[None]:
     """Without the messages of the many trainings and their libraries; warnings and errors of ours are heard."""
-    names = ("carvae", "carvae.evaluation", "lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "scvi")
+    names = ("carvae", "carvae.evaluation", "lightning.pytorch", "lightning.pytorch.utilities.rank_zero")
     levels = {name: logging.getLogger(name).level for name in names}
     for name in names:
         logging.getLogger(name).setLevel(logging.WARNING if name.startswith("carvae") else logging.ERROR)
